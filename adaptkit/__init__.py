@@ -1,0 +1,26 @@
+"""AdaptKit: from a trained adapter to a model that ships. Each name is imported from its home on first use."""
+
+from __future__ import annotations
+
+import importlib
+
+HOMES = {
+    "Adapter": "adapter", "Site": "adapter", "AdaptKitError": "errors", "AdaptKitWarning": "errors",
+    "Format": "formats.base", "Select": "select", "Tuner": "tuners.base", "registry": "registry",
+    "Checkpoint": "store.checkpoint", "open_checkpoint": "store.checkpoint", "read": "formats.base",
+    "LoRA": "tuners.lora", "DoRA": "tuners.dora", "IA3": "tuners.ia3",
+    "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
+    "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
+}  # fmt: skip
+__all__ = sorted(HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module 'adaptkit' has no attribute {name!r}")
+    home = importlib.import_module(f".{HOMES[name]}", __name__)
+    return home if name == "registry" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,259 @@
+"""One block of one tensor: read, add, round. Buffers are reused; fresh ones would double the time in page faults."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import AdaptKitError, Corrupt, Mismatch, System, quoted
+from ..store.arrays import NUMPY, load, read_into, rounded, working
+from .plan import Change, Target
+
+ELEMENTS = 1 << 19  # of one sum: what stays in a core's cache in float32, and is long enough for a matrix product
+SAMPLE = 16  # one sum in so many is looked at for what rounding left of the update
+
+
+@dataclass
+class Survival:
+    """What rounding to the stored dtype left of the update, in squared norms over the blocks that were looked at.
+
+    update: |D|^2      lost: |stored(W + D) - (W + D)|^2      alone: |D_k|^2 for each adapter, by position
+    """
+
+    update: float = 0.0
+    lost: float = 0.0
+    alone: dict[int, float] = field(default_factory=dict)
+
+    def add(self, other: Survival) -> None:
+        self.update += other.update
+        self.lost += other.lost
+        for k, v in other.alone.items():
+            self.alone[k] = self.alone.get(k, 0.0) + v
+
+    @property
+    def share_lost(self) -> float:
+        """|error of rounding| / |update|, between 0 and 1."""
+        return min(1.0, (self.lost / self.update) ** 0.5) if self.update else 0.0
+
+
+class Workspace:
+    """The buffers and open files of one thread, and what it has noticed."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._buffers: dict[str, np.ndarray] = {}
+        self.survival: dict[str, Survival] = {}
+        self.zero: dict[str, bool] = {}  # base tensors of which every block looked at is zero
+        self.warnings: dict[str, None] = {}
+
+    def array(self, role: str, size: int, dtype: np.dtype) -> np.ndarray:
+        """A flat array for one role, reused: valid until the role is asked for again."""
+        nbytes = size * dtype.itemsize
+        if role not in self._buffers or self._buffers[role].nbytes < nbytes:
+            self._buffers[role] = np.empty(nbytes, "u1")
+        return self._buffers[role][:nbytes].view(dtype)
+
+    def read(self, path: Path, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer from a file that stays open."""
+        if path not in self._files:
+            if len(self._files) >= 8:  # a model may have more shards than a process may have files
+                os.close(self._files.pop(next(iter(self._files))))
+            try:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                raise System(f"cannot be opened ({e.strerror})", where=path.name) from e
+        read_into(self._files[path], buffer, offset, path.name)
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+
+Apply = Callable[[np.ndarray, int, int], None]  # changes rows start:stop of a target, given as (rows, columns)
+
+
+class Tensor:
+    """One output tensor, ready to be computed by blocks. Its factors are read when first needed."""
+
+    def __init__(self, target: Target, sample: int = SAMPLE, allow_nonfinite: bool = False):
+        self.target, self.sample, self.allow_nonfinite = target, sample, allow_nonfinite
+        self.sum = working(target.dtype)
+        self._steps: list[tuple[Change, Apply]] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def steps(self) -> list[tuple[Change, Apply]]:
+        with self._lock:
+            if self._steps is None:
+                self._steps = [(c, _step(c, self.sum, self.target)) for c in self.target.changes]
+            return self._steps
+
+    def forget(self) -> None:
+        """Drop the factors that were read."""
+        self._steps = None
+
+    def fill(self, out: memoryview, start: int, space: Workspace) -> None:
+        """The bytes of the tensor from `start` on, as many as `out` holds."""
+        t = self.target
+        if t.copied:
+            return space.read(t.source.file, out, t.source.offset + start)
+        size = NUMPY[t.dtype].itemsize
+        first, last = start // size, -(-(start + len(out)) // size)
+        whole = first * size == start and last * size == start + len(out)
+        flat = np.frombuffer(out, "u1")
+        into = flat.view(NUMPY[t.dtype]) if whole else np.empty(last - first, NUMPY[t.dtype])
+        for at in range(first, last, ELEMENTS):
+            self._block(at, min(at + ELEMENTS, last), into[at - first :], space)
+        if not whole:
+            flat[:] = into.view("u1")[start - first * size :][: len(out)]
+
+    def _block(self, first: int, last: int, into: np.ndarray, space: Workspace) -> None:
+        """Elements first:last, rounded, into the start of `into`."""
+        t, columns = self.target, max(self.target.view[1], 1)
+        top, bottom = first // columns, -(-last // columns)
+        W = space.array("sum", (bottom - top) * columns, self.sum)
+        self._base(W, top * columns, space)
+        matrix = W.reshape(bottom - top, columns)
+        looked_at = bool(t.changes) and (first // ELEMENTS) % self.sample == 0
+        before = W.copy() if looked_at else None
+        self._change(matrix, top, bottom, space, looked_at)
+        piece = W[first - top * columns : last - top * columns]
+        out = rounded(piece, t.dtype, into[: last - first])
+        self._finite(piece, first, space)
+        if looked_at:
+            part = slice(first - top * columns, last - top * columns)
+            self._look(before[part], piece, out, space)
+
+    def _base(self, W: np.ndarray, first: int, space: Workspace) -> None:
+        source = self.target.source
+        if isinstance(source, np.ndarray):
+            np.copyto(W, source.reshape(-1)[first : first + len(W)], casting="unsafe")
+            return
+        raw = space.array("raw", len(W), NUMPY[source.dtype])
+        space.read(source.file, memoryview(raw.view("u1")), source.offset + first * raw.itemsize)
+        np.copyto(W, raw, casting="unsafe")
+
+    def _change(self, matrix: np.ndarray, top: int, bottom: int, space: Workspace, looked_at: bool) -> None:
+        for change, apply in self.steps:
+            start, stop = max(top, change.rows[0]), min(bottom, change.rows[1])
+            if start >= stop:
+                continue
+            rows = matrix[start - top : stop - top]
+            old = rows.copy() if looked_at and len({c.adapter for c, _ in self.steps}) > 1 else None
+            apply(rows, start - change.rows[0], space)
+            if old is not None:
+                alone = space.survival.setdefault(self.target.name, Survival()).alone
+                alone[change.adapter] = alone.get(change.adapter, 0.0) + _square(rows - old)
+
+    def _look(self, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, space: Workspace) -> None:
+        name = self.target.name
+        found = space.survival.setdefault(name, Survival())
+        found.update += _square(exact - before)
+        found.lost += _square(stored.astype(exact.dtype) - exact)
+        space.zero[name] = space.zero.get(name, True) and not before.any()
+
+    def _finite(self, values: np.ndarray, first: int, space: Workspace) -> None:
+        """Nothing becomes NaN or infinite that was not so in the base."""
+        low, high = values.min(initial=0), values.max(initial=0)
+        limit = LIMITS[self.target.dtype]
+        if -limit < low and high < limit:  # False for NaN as well
+            return
+        base = np.empty_like(values)
+        self._base(base, first, space)
+        sound = np.isfinite(base)
+        bad = sound & ~(np.abs(values) < limit)
+        if not bad.any() or self.allow_nonfinite:
+            space.warnings[f"{quoted(self.target.name)}: the base holds NaN or infinite values; they stay"] = None
+            return
+        finite = np.abs(values[bad & np.isfinite(values)])
+        largest = f" (largest {finite.max():.2g})" if finite.size else ""
+        raise Corrupt(
+            f"{int(bad.sum()):,} merged values overflow {self.target.dtype}{largest}",
+            where=self.target.name,
+            hint="use --dtype bfloat16 or float32",
+        )
+
+
+def _limit(dtype: str) -> float:
+    """The smallest number that rounds to infinity: half a step above the largest finite one."""
+    info = ml_dtypes.finfo(NUMPY[dtype])
+    return float(info.max) * (1 + float(info.eps) / 4) if dtype != "F64" else float("inf")
+
+
+LIMITS = {dtype: _limit(dtype) for dtype in ("BF16", "F16", "F32", "F64")}
+
+
+def _square(a: np.ndarray) -> float:
+    flat = a.reshape(-1)
+    return float(np.dot(flat, flat))
+
+
+def _step(change: Change, dtype: np.dtype, target: Target) -> Apply:
+    """The function that applies one change to rows of the sum, in place."""
+    thin = change.thin(dtype)
+    if thin is not None:
+        L, R = thin
+
+        def add(rows: np.ndarray, at: int, space: Workspace) -> None:
+            update = space.array("update", rows.size, dtype).reshape(rows.shape)
+            np.matmul(L[at : at + len(rows)], R, out=update)
+            np.add(rows, update, out=rows)
+
+        return add
+    p = change.loaded(dtype)
+    shape = change.shape
+
+    def become(rows: np.ndarray, at: int, space: Workspace) -> None:
+        mine = change.tuner.rows(p, at, at + len(rows))
+        W = rows.reshape(len(rows), *shape[1:])
+        _blend(rows, change.tuner.weight(W.copy(), mine).reshape(rows.shape), change.weight)
+
+    return become
+
+
+def _blend(rows: np.ndarray, changed: np.ndarray, weight: float) -> None:
+    """rows + weight (changed - rows), exact for weight 1."""
+    rows[:] = changed if weight == 1 else rows + rows.dtype.type(weight) * (changed - rows)
+
+
+def whole(target: Target) -> np.ndarray:
+    """A tensor that cannot be computed by rows, all of it, as a working-precision array of its shape."""
+    dtype = working(target.dtype)
+    W = load(target.source, dtype).reshape(target.view).copy()
+    for change in target.changes:
+        start, stop = change.rows
+        part = W[start:stop].reshape(change.shape)
+        if change.turned or change.order is not None or change.part is not None:
+            raise Mismatch(
+                f"{change.tuner.name} on a weight that the checkpoint stores in parts is not supported",
+                where=target.name,
+                hint="save the base with the names that the model uses",
+            )
+        try:
+            changed = _by(change, dtype)(part.copy(), change.loaded(dtype))
+        except AdaptKitError as e:
+            raise e.at(target.name) from None
+        _blend(W[start:stop], np.asarray(changed).reshape(stop - start, -1), change.weight)
+    return W.reshape(target.shape)
+
+
+def _by(change: Change, dtype: np.dtype) -> Callable:
+    """The tuner's function, for NumPy arrays: a tuner that needs torch gets tensors, and its answer is taken back."""
+    function = getattr(change.tuner, change.what)
+    if change.what == "bias" or change.tuner.arrays == "any":
+        return function
+    import torch
+
+    def through_torch(W: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in p.items()}
+        return function(torch.from_numpy(W), tensors).detach().numpy()
+
+    return through_torch
+

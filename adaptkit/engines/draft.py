@@ -1,0 +1,228 @@
+"""From adapters and a checkpoint to a plan: every site and every whole tensor finds its place on disk, or it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapter import Adapter, Site
+from ..errors import AdaptKitError, Mismatch, quoted
+from ..store.arrays import WORDS, load, shape_of
+from ..store.checkpoint import Checkpoint
+from ..store.conversions import Edge
+from ..store.entry import Entry
+from ..store.names import direct, locate, prefixes
+from ..store.quantised import refuse_quantised
+from . import checks, layout
+from .ends import Ends
+from .orientation import square
+from .plan import Change, Plan, Target, addable, matrix, target
+from .replication import replicated
+
+
+@dataclass
+class _Draft:
+    """The plan while it is made: the tensors of the output by name, and config.json as it will be."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+    dtype: str | None
+    targets: dict[str, Target]
+    ends: Ends
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: t.shape for name, t in self.targets.items()}
+
+
+def draft(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+) -> Plan:
+    """The plan of a merge. dtype: "float32", "bfloat16", "float16", or None to keep each tensor's.
+
+    Raises Mismatch for the first thing that does not fit, before anything is written.
+    """
+    config = dict(checkpoint.config)
+    refuse_quantised(checkpoint)
+    checks.config(checkpoint)
+    entries, config = replicated(checkpoint.entries, config, adapters)
+    ends = Ends(config, entries)
+    stored = WORDS.get(dtype or "", None)
+    d = _Draft(checkpoint, config, entries, stored, {}, ends)
+    entries, d.config = ends.prepared(adapters, config)
+    d.targets = {name: target(name, e, stored) for name, e in entries.items()}
+    for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        try:
+            _whole(d, adapter, weight)
+            _sites(d, adapter, weight, i)
+            checks.coverage(adapter, list(d.targets))
+        except AdaptKitError as e:
+            raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
+    _order(d)
+    d.config = ends.grown(d.targets, d.config, adapters)
+    if dtype and d.config:
+        d.config = {**d.config, "dtype" if "dtype" in d.config else "torch_dtype": dtype}
+    files = layout.files(checkpoint, d.targets, max_shard_size)
+    new_config = d.config if d.config != checkpoint.config else None
+    extras = list(checkpoint.extras())
+    return Plan(checkpoint, files, new_config, ends.tokenizer(extras, d.targets, adapters))
+
+
+def _whole(d: _Draft, adapter: Adapter, weight: float) -> None:
+    """Tensors replaced outright. New ones are added when the adapter's settings name them."""
+    known = prefixes(d.shapes)
+    places = {name: found for name in adapter.whole if (found := direct(name, d.targets, known))}
+    lost = [n for n in adapter.whole if n not in places and not d.ends.is_end(n)]
+    if lost:
+        places |= _renamed(d, adapter, lost)
+    for name, value in adapter.whole.items():
+        _replace(d, adapter, name, places.get(name) or name, value, weight)
+    checks.saved_modules(adapter, list(d.targets))
+
+
+def _renamed(d: _Draft, adapter: Adapter, lost: list[str]) -> dict[str, str]:
+    found = locate(d.config, d.shapes, lost, optional=lost)
+    places = {name: e[0].disk for name, e in found.items() if len(e) == 1 and e[0] == Edge(e[0].parameter, e[0].disk)}
+    heads = adapter.about.get("modules_to_save") or ()
+    for name in set(lost) - places.keys():
+        path = name.rpartition(".")[0]
+        if any(path == h or path.startswith(f"{h}.") or path.endswith(f".{h}") for h in heads):
+            continue  # a head that the base does not have: it is added
+        raise Mismatch(f"{quoted(name)} is not in the model, and modules_to_save does not name it")
+    return places
+
+
+def _replace(d: _Draft, adapter: Adapter, name: str, disk: str, value: Any, weight: float) -> None:
+    if d.ends.drops(disk, adapter):
+        return
+    if weight != 1:
+        raise Mismatch(f"replaces {quoted(name)} outright, which cannot be weighted by {weight:g}", hint="give it weight 1")
+    old = d.targets.get(disk)
+    if old is None and disk.rpartition(".")[2] not in ("weight", "bias"):
+        return  # a counter or buffer of a head that the base does not have
+    if old is not None and old.replaced and not _equal(old.source, value):
+        raise Mismatch(f"two adapters replace {quoted(name)} by different tensors", hint="merge one of them")
+    source = value if isinstance(value, Entry) else load(value, "f4")
+    stored = d.dtype or (old.dtype if old is not None else checks.main_dtype(d.entries))
+    new = target(disk, source, stored, replaced=True)
+    if old is not None and new.shape != old.shape and not d.ends.may_resize(disk, old.shape, new.shape, adapter):
+        raise Mismatch(f"{quoted(name)}: the adapter's is {list(new.shape)}, the model has {list(old.shape)}")
+    d.targets[disk] = new
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return shape_of(a) == shape_of(b) and bool((load(a) == load(b)).all())
+
+
+def _sites(d: _Draft, adapter: Adapter, weight: float, index: int) -> None:
+    sites = d.ends.sites(adapter)
+    if not sites:
+        if not adapter.whole:
+            raise Mismatch("changes nothing")
+        return
+    if "" in sites:
+        sites[""].tuner.weight(None, {})  # refuses, in its own words
+    places = locate(d.config, d.shapes, list(sites))
+    for path, site in sites.items():
+        try:
+            _site(d, adapter, site, places[path], weight, index)
+        except AdaptKitError as e:
+            e.message = f"{quoted(path)}: {e.message}"
+            raise
+
+
+def _site(d: _Draft, adapter: Adapter, site: Site, edges: list[Edge], weight: float, index: int) -> None:
+    shape = _parameter_shape(edges, d.shapes)
+    shapes = {k: shape_of(v) for k, v in site.params.items()}
+    tuner = site.tuner.fit(shape, shapes, square(site.tuner, edges[0].parameter, d.config, adapter))
+    for edge in edges:
+        for change in _changes(tuner, site, edge, shape, d.targets[edge.disk].shape, weight, index):
+            _add(d, edge.disk, change)
+    if tuner.changes_bias(site.params):
+        _bias(d, tuner, site, edges, weight, index)
+
+
+def _changes(tuner, site: Site, edge: Edge, shape: tuple, disk: tuple, weight: float, index: int) -> list[Change]:
+    """The changes of one stored tensor: one, or one for each expert of a stack."""
+    base = {"tuner": tuner, "params": site.params, "weight": weight, "adapter": index, "turned": edge.transposed}
+    base |= {"part": edge.rows, "order": edge.permutation}
+    if len(shape) != 3 or tuner.name != "experts":
+        rows = edge.disk_rows or (0, matrix(disk)[0])
+        if edge.disk_expert is not None:
+            rows = _within(edge.disk_expert, edge.disk_rows, disk)
+        return [Change(rows=rows, shape=disk if edge.disk_rows is None else (rows[1] - rows[0], *disk[1:]), **base)]
+    experts = range(shape[0]) if edge.expert is None else [edge.expert]
+    more = {"experts": shape[0]}
+    if len(disk) == 2:
+        return [Change(rows=edge.disk_rows or (0, disk[0]), shape=disk, expert=e, **more, **base) for e in experts]
+    where = [e if edge.disk_expert is None else edge.disk_expert for e in experts]
+    return [
+        Change(rows=_within(at, edge.disk_rows, disk), shape=disk[1:], expert=e, **more, **base)
+        for e, at in zip(experts, where, strict=True)
+    ]
+
+
+def _within(expert: int, rows: tuple[int, int] | None, disk: tuple[int, ...]) -> tuple[int, int]:
+    """Rows of one matrix of a stack, counted in the stack."""
+    start, stop = rows or (0, disk[1])
+    return expert * disk[1] + start, expert * disk[1] + stop
+
+
+def _parameter_shape(edges: list[Edge], shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the model's parameter, put together from the parts on disk."""
+    first, disk = edges[0], shapes[edges[0].disk]
+    if len(edges) == 1 and first == Edge(first.parameter, first.disk):
+        return disk
+    inner = disk[1:] if first.disk_expert is not None or (len(disk) == 3 and first.expert is not None) else disk
+    rows, columns = (inner[-1], inner[-2]) if first.transposed and len(inner) == 2 else (inner[0], inner[-1])
+    if any(e.rows for e in edges):
+        rows = max(e.rows[1] for e in edges if e.rows)
+    elif first.disk_rows:
+        rows = first.disk_rows[1] - first.disk_rows[0]
+    experts = [e.expert for e in edges if e.expert is not None]
+    matrix_shape = (rows, columns) if len(inner) == 2 else (rows, *inner[1:])
+    if len(disk) == 3 and first.expert is None and first.disk_expert is None and len(inner) == 3:
+        return (disk[0], disk[2], disk[1]) if first.transposed else disk
+    return (max(experts) + 1, *matrix_shape) if experts else matrix_shape
+
+
+def _add(d: _Draft, disk: str, change: Change) -> None:
+    t = d.targets[disk]
+    addable(t)
+    in_stack = len(t.shape) == 3 and change.shape == t.shape[1:] or change.expert is not None and len(t.shape) == 3
+    view = (t.shape[0] * t.shape[1], t.shape[2]) if in_stack else matrix(t.shape)
+    if t.changes and t.view != view:
+        raise Mismatch(f"{quoted(disk)} is changed as a kernel and as a stack")
+    if not change.tuner.follows and any(c.adapter != change.adapter and c.what == change.what for c in t.changes):
+        raise Mismatch(f"{change.tuner.name} must be the only change of {quoted(disk)}, or the first", hint="merge one adapter at a time")
+    d.targets[disk] = replace(t, view=view, changes=[*t.changes, change])
+
+
+def _bias(d: _Draft, tuner, site: Site, edges: list[Edge], weight: float, index: int) -> None:
+    for edge in edges:
+        name = edge.disk.removesuffix("weight") + "bias"
+        if name not in d.targets:
+            if "c" in site.params:
+                raise Mismatch("has a trained bias (lora_bias), but the model's layer has none")
+            continue
+        t = d.targets[name]
+        addable(t)
+        rows = edge.disk_rows or (0, t.shape[0])
+        change = Change(tuner, site.params, weight, index, rows, (rows[1] - rows[0],), what="bias", part=edge.rows)
+        d.targets[name] = replace(t, changes=[*t.changes, change])
+
+
+def _order(d: _Draft) -> None:
+    names = [n for n, t in d.targets.items() if t.changes or t.replaced]
+    if not names:
+        raise Mismatch("nothing in the model would change")
+
+

@@ -1,0 +1,67 @@
+"""Which tensor goes into which file: as in the base, or filled up to a size."""
+
+from __future__ import annotations
+
+import re
+
+from ..store.checkpoint import Checkpoint
+from .plan import Target
+
+SINGLE = "model.safetensors"
+
+
+def files(checkpoint: Checkpoint, targets: dict[str, Target], limit: int | None) -> dict[str, list[Target]]:
+    """Output file -> tensors. limit: the most bytes of one file, None to keep the base's layout."""
+    return _filled(list(targets.values()), limit) if limit else _kept(checkpoint, targets)
+
+
+def _kept(checkpoint: Checkpoint, targets: dict[str, Target]) -> dict[str, list[Target]]:
+    """The base's files; a tensor that the base does not have goes into the last one."""
+    names = {f: _safe_name(f.name, len(checkpoint.files)) for f in checkpoint.files}
+    out: dict[str, list[Target]] = {name: [] for name in names.values()}
+    last = names[checkpoint.files[-1]]
+    for name, t in targets.items():
+        base = checkpoint.entries.get(name)
+        where = base.file if base is not None else getattr(t.source, "file", None)
+        out[names.get(where, last)].append(t)
+    return {name: held for name, held in out.items() if held}
+
+
+def _safe_name(name: str, count: int) -> str:
+    """pytorch_model-00001-of-00002.bin -> model-00001-of-00002.safetensors"""
+    if name.endswith(".safetensors"):
+        return name if count > 1 or name == SINGLE or "-of-" not in name else SINGLE
+    if found := re.search(r"-\d+-of-\d+(?=\.)", name):
+        return f"model{found[0]}.safetensors"
+    return SINGLE if count == 1 else f"{name.rpartition('.')[0]}.safetensors"
+
+
+def _filled(targets: list[Target], limit: int) -> dict[str, list[Target]]:
+    shards: list[list[Target]] = [[]]
+    size = 0
+    for t in targets:
+        if shards[-1] and size + t.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(t)
+        size += t.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": held for i, held in enumerate(shards, 1)}
+
+
+def index(files: dict[str, list[Target]]) -> dict | None:
+    """model.safetensors.index.json, None for a single file."""
+    if len(files) == 1:
+        return None
+    total = sum(t.nbytes for held in files.values() for t in held)
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted((t.name, name) for name, held in files.items() for t in held)),
+    }
+
+
+def index_name(files: dict[str, list[Target]]) -> str:
+    """The name of the index: what the shards' names have in common."""
+    stem = re.sub(r"-\d+-of-\d+(?=\.)", "", next(iter(files)))
+    return f"{stem}.index.json"

@@ -1,0 +1,196 @@
+"""Reading PEFT adapters: every tensor of the file becomes part of a site or of `whole`, or the file is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ...adapter import Adapter, Site
+from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
+from ...select import matching
+from ...store.arrays import FLOATS
+from ...store.checkpoint import read_weights, warn
+from ...store.entry import Entry
+from ..base import Format
+from . import build
+from .config import read_config
+from .keys import Key, is_attention_output, parse
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+Parts = dict[str, Entry]
+
+
+class Peft(Format):
+    """PEFT: adapter_config.json beside adapter_model.safetensors or .bin."""
+
+    name = "peft"
+
+    def sniff(self, path: Path) -> bool:
+        if path.is_file():
+            return path.name in WEIGHTS
+        if (path / "config.json").exists() and not (path / CONFIG).exists():
+            return False
+        return (path / CONFIG).exists() or any((path / w).exists() for w in WEIGHTS)
+
+    def read(self, path: Path) -> Adapter:
+        folder = path if path.is_dir() else path.parent
+        if not (folder / CONFIG).exists():
+            raise Corrupt("not found", where=CONFIG, hint="without it the scale of the update is unknown")
+        config = read_config(folder / CONFIG)
+        file = path if path.is_file() else _weights(folder)
+        entries, metadata = read_weights(file)
+        try:
+            adapter = assemble(config, entries)
+        except AdaptKitError as e:
+            raise e.at(file.name) from None
+        adapter.meta |= {"path": str(folder), "base": str(config.get("base_model_name_or_path") or "")}
+        adapter.meta |= {f"peft:{k}": v for k, v in metadata.items()}
+        return adapter
+
+
+def _weights(folder: Path) -> Path:
+    found = [folder / w for w in WEIGHTS if (folder / w).exists()]
+    if not found:
+        raise Corrupt(f"holds {CONFIG} but no weights ({' or '.join(WEIGHTS)})", where=folder.name, hint="fetch it again")
+    if len(found) > 1:
+        warn(f"{folder.name} holds {WEIGHTS[0]} and {WEIGHTS[1]}; the first is read")
+    return found[0]
+
+
+def assemble(config: dict[str, Any], entries: dict[str, Entry]) -> Adapter:
+    """An adapter from its settings and its tensors. Raises Mismatch for a tensor that has no place."""
+    if not entries:
+        raise Mismatch("holds no tensors", hint="was it saved from a sharded run? then the numbers are in the shards")
+    _dtypes(entries)
+    modules, whole = _group(entries)
+    adapter = Adapter(about=config)
+    adapter.meta["peft:config"] = json.dumps(config, sort_keys=True)
+    if config["peft_type"] in build.VIRTUAL:
+        adapter.sites[""] = build.virtual(config, modules.pop(("", 0), {}))
+        _nothing_left(config, modules, {})
+    for (path, depth), parts in modules.items():
+        name, site = _site(config, path, depth, parts, modules)
+        if name in adapter.sites:
+            raise Corrupt(f"two sets of factors for {quoted(name)}")
+        adapter.sites[name] = site
+    adapter.whole = {path: e for path, e in whole.items()}
+    _justified(config, adapter)
+    return adapter
+
+
+def _dtypes(entries: dict[str, Entry]) -> None:
+    for name, e in entries.items():
+        if e.dtype not in FLOATS and not _is_buffer(e):
+            raise Mismatch(f"{quoted(name)} has dtype {e.dtype}, adapters hold F32, F16, BF16 or F64")
+
+
+def _is_buffer(e: Entry) -> bool:
+    return e.dtype in ("I64", "I32") and parse(e.name).part == "whole"  # BatchNorm's counters
+
+
+def _group(entries: dict[str, Entry]) -> tuple[dict[tuple[str, int], Parts], dict[str, Entry]]:
+    modules: dict[tuple[str, int], Parts] = defaultdict(dict)
+    whole: dict[str, Entry] = {}
+    seen: dict[Key, str] = {}
+    for name, entry in entries.items():
+        key = parse(name)
+        if key.part == "training":
+            continue
+        if key in seen:
+            raise Corrupt(f"{quoted(name)} and {quoted(seen[key])} are two spellings of one tensor")
+        seen[key] = name
+        if key.part == "whole":
+            whole[key.path] = entry
+        else:
+            modules[key.path, key.depth][key.part] = entry
+    return dict(modules), whole
+
+
+def _site(
+    config: dict[str, Any], path: str, depth: int, parts: Parts, modules: Iterable[tuple[str, int]]
+) -> tuple[str, Site]:
+    if "rows" in parts:
+        return path, build.tokens(config, path, parts)
+    if config["peft_type"] == "IA3":
+        return path, build.ia3(config, path, parts)
+    depths = sorted(d for p, d in modules if p == path)
+    parameter = build.parameter(config, path, depth, depths)
+    name = f"{path}.{parameter}" if parameter else path
+    twice = any(is_attention_output(e.name) for e in parts.values())
+    return name, build.lora(config, name, parts, experts=bool(parameter), times=2.0 if twice else 1.0)
+
+
+def _nothing_left(config: dict[str, Any], modules: dict, whole: dict) -> None:
+    if modules:
+        path = next(iter(modules))[0]
+        raise Mismatch(f"{quoted(path)} has tensors that no {config['peft_type']} adapter holds")
+
+
+EMBEDDINGS = (
+    "embed_tokens embed_in embed_out lm_head wte word_embeddings shared embeddings tok_embeddings output token_embedding "
+    "embed_positions wpe"
+).split()
+
+
+def _justified(config: dict[str, Any], adapter: Adapter) -> None:
+    """Every tensor outside the sites must be there for a reason that the settings give."""
+    saved = [n for n in config.get("modules_to_save") or () if n]
+    for name in adapter.whole:
+        path, _, leaf = name.rpartition(".")
+        # PEFT matches the end of a path without regard for dots ("head" hits "lm_head")
+        if any(f"{path}.".find(f"{s}.") >= 0 or path.endswith(s) for s in saved):
+            continue
+        if leaf == "bias" and config.get("bias", "none") != "none":
+            continue
+        if leaf == "weight" and path.rpartition(".")[2] in EMBEDDINGS:
+            continue
+        raise Mismatch(
+            f"{quoted(name)} is no part of a {config['peft_type']} adapter and not among modules_to_save",
+            hint="is it damaged, or of another program?",
+        )
+    if config.get("bias", "none") != "none" and not any(n.endswith("bias") for n in adapter.whole):
+        warn(f"the settings say bias={config['bias']!r}, but the file holds no bias")
+    _covered(config, adapter)
+
+
+def _covered(config: dict[str, Any], adapter: Adapter) -> None:
+    """The settings and the tensors must speak of the same modules."""
+    targets = config.get("target_modules")
+    modules = [n for n, s in adapter.sites.items() if n and s.tuner.name != "tokens"]
+    if not modules or config.get("ensure_weight_tying") or config.get("target_parameters"):
+        return
+    if not targets or (isinstance(targets, list) and "" in targets):
+        warn("the settings do not say which modules are adapted; the tensors do")
+    if not targets or targets == "all-linear":
+        return
+    hit = matching(targets, modules + [_attention(m) for m in modules])
+    if lost := [m for m in modules if m not in hit and _attention(m) not in hit]:
+        shown = targets if isinstance(targets, str) else some(sorted(targets))
+        raise Mismatch(f"holds tensors for {some(lost)}, which target_modules ({quoted(shown)}) does not name")
+    _layers(config, modules)
+
+
+def _attention(module: str) -> str:
+    return module.removesuffix(".out_proj")
+
+
+def _layers(config: dict[str, Any], modules: list[str]) -> None:
+    from ...select import layer
+
+    wanted = config.get("layers_to_transform")
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    if not wanted:
+        return
+    exact = set(config["target_modules"]) if isinstance(config["target_modules"], list) else set()
+    for module in modules:
+        index = layer(module, config.get("layers_pattern"))
+        if index is not None and index not in wanted and module not in exact:
+            # before 0.20 PEFT took the last number of a path for the layer, so any number of it may be meant
+            if not {int(n) for n in module.split(".") if n.isdecimal()} & set(wanted):
+                raise Mismatch(f"holds tensors for {quoted(module)}, which layers_to_transform {wanted} leaves out")
+
+

@@ -1,0 +1,51 @@
+"""DoRA, Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+
+W' = m * V / |V|     V = W + s B A     A: (r, in)   B: (out, r)   m: (out,)     |V|: the norm of each output row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import Mismatch
+from .base import Array, Params, Tuner
+from .lora import LoRA
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """W' = m * V / |V|     V = W + s B A     m: (out,)"""
+
+    name = "dora"
+    follows = False  # its norm is that of the unchanged base weight
+
+    def init(self, base: Any) -> Params:
+        W = base.weight.detach()
+        return {**super().init(base), "m": self._norm(W).reshape(-1)}
+
+    def weight(self, W: Array, p: Params) -> Array:
+        V = super().weight(W, p)
+        n = self._norm(V)
+        return V * (p["m"].reshape(n.shape) / n)
+
+    def _norm(self, V: Array) -> Array:
+        axes = 0 if self.transposed else tuple(range(1, V.ndim))
+        return (V * V).sum(axis=axes, keepdims=True) ** 0.5
+
+    def factors(self, p: Params) -> None:
+        return None
+
+    def rows(self, p: Params, start: int, stop: int) -> Params | None:
+        return None if self.transposed else {"A": p["A"], "B": p["B"][start:stop], "m": p["m"].reshape(-1)[start:stop]}
+
+    def fit(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], square: bool = False) -> DoRA:
+        fitted = super().fit(shape, shapes, square)
+        n, out = max(shapes["m"]), shapes["B"][0]
+        if n != out:
+            raise Mismatch(f"the magnitude vector has {n} values, B has {out} rows")
+        return fitted
+
+    def inverse(self, p: Params) -> tuple[Tuner, Params]:
+        return Tuner.inverse(self, p)

@@ -1,0 +1,44 @@
+"""LoRA on a stack of expert matrices, one pair of factors each, packed in two matrices as PEFT packs them.
+
+W'[e] = W[e] + s B_e A_e      A: (r E, a), A_e = A[e r : (e + 1) r]      B: (b, r E), B_e = B[:, e :: E]
+
+PEFT 0.17 to 0.18 and 0.19.0 packed some of them transposed; the shapes tell, and a square one needs `square`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import Mismatch
+from .base import Array, Params
+from .lora import LoRA
+
+
+@dataclass(frozen=True)
+class ExpertLoRA(LoRA):
+    """W'[e] = W[e] + s B_e A_e     A: (r E, a)   B: (b, r E)"""
+
+    name = "experts"
+
+    def weight(self, W: Array, p: Params) -> Array:
+        stack = W.reshape(-1, *W.shape[-2:])
+        parts = [self.one(p, e, stack.shape[0]) for e in range(stack.shape[0])]
+        changed = [LoRA.weight(self, stack[e], parts[e]) for e in range(stack.shape[0])]
+        for e, matrix in enumerate(changed):
+            stack[e] = matrix
+        return stack.reshape(W.shape)
+
+    def one(self, p: Params, e: int, experts: int) -> Params:
+        """The factors of expert e, as LoRA has them. A: (r, a)   B: (b, r)"""
+        return {"A": p["A"][e * self.r : (e + 1) * self.r], "B": p["B"][:, e::experts]}
+
+    def factors(self, p: Params) -> tuple[Array, Array, float] | None:
+        return super().factors(p) if p["A"].shape[0] == self.r else None
+
+    def fit(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], square: bool = False) -> LoRA:
+        experts = shape[0] if len(shape) == 3 else 1
+        A, B = shapes["A"], shapes["B"]
+        if A[0] != self.r * experts or B[1] != A[0]:
+            raise Mismatch(f"A {list(A)} and B {list(B)} are not {experts} experts of rank {self.r}")
+        return replace(super().fit(shape[-2:], {"A": (self.r, A[1]), "B": (B[0], self.r)}, square), r=self.r)

@@ -1,0 +1,62 @@
+"""(IA)^3, Liu et al. 2022, https://arxiv.org/abs/2205.05638.
+
+side "out":  y' = l * y,    W' = l[:, None] * W,  b' = l * b     l: (out,)
+side "in":   y' = f(l * x), W' = W * l[None, :]                  l: (in,)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import Mismatch
+from .base import Array, Params, Tuner
+
+
+@dataclass(frozen=True)
+class IA3(Tuner):
+    """W' = l * W     l: (out,), or (in,) on the "in" side"""
+
+    name = "ia3"
+    arrays = "any"
+
+    feedforward: bool = False  # l multiplies the input
+    transposed: bool = False  # the weight is stored as (in, out)
+
+    def init(self, base: Any) -> Params:
+        W = base.weight.detach()
+        return {"l": W.new_ones(W.shape[self._axis])}
+
+    @property
+    def _axis(self) -> int:
+        return int(self.feedforward != self.transposed)
+
+    def weight(self, W: Array, p: Params) -> Array:
+        shape = [1] * W.ndim
+        shape[self._axis] = -1
+        return W * p["l"].reshape(shape)
+
+    def bias(self, b: Array, p: Params) -> Array:
+        return b * p["l"].reshape(-1) if self.changes_bias(p) else b
+
+    def changes_bias(self, p: Params) -> bool:
+        return not self.feedforward
+
+    def rows(self, p: Params, start: int, stop: int) -> Params:
+        return {"l": p["l"].reshape(-1)[start:stop]} if self._axis == 0 else p
+
+    def fit(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], square: bool = False) -> IA3:
+        n = math.prod(shapes["l"])
+        if len(shape) < 2 or n != max(shapes["l"], default=0):
+            raise Mismatch(f"l is {list(shapes['l'])}, the model's weight is {list(shape)}")
+        fits = [t for t in (False, True) if shape[int(self.feedforward != t)] == n and not (t and len(shape) > 2)]
+        if not fits:
+            raise Mismatch(f"l has {n} values, the model's weight is {list(shape)}")
+        return replace(self, transposed=square if len(fits) == 2 else fits[0])
+
+    def inverse(self, p: Params) -> tuple[IA3, Params]:
+        if not (p["l"] != 0).all():
+            raise Mismatch("l has zeros: what they multiplied is gone", hint="keep the base model")
+        return self, {"l": 1 / p["l"]}

@@ -1,0 +1,54 @@
+"""What every verb accepts: adapters as paths or as Adapter values, weights as numbers, sizes as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..adapter import Adapter
+from ..errors import Usage, quoted
+from ..formats.base import read
+from ..store.arrays import WORDS
+
+Source = str | Path | Adapter
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def adapters_of(sources: Source | Sequence[Source]) -> list[Adapter]:
+    """Adapters, read where a path was given."""
+    if isinstance(sources, (str, Path, Adapter)):
+        sources = [sources]
+    if not sources:
+        raise Usage("no adapter was given", where="ADAPTER")
+    return [s if isinstance(s, Adapter) else read(Path(s)) for s in sources]
+
+
+def weights_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One finite weight for each adapter; 1 for all when none are given."""
+    found = [1.0] * count if weights is None else [float(w) for w in weights]
+    if len(found) != count:
+        raise Usage(f"{len(found)} weights for {count} adapters", where="--weights", hint="give one for each")
+    if not all(math.isfinite(w) for w in found):
+        raise Usage(f"{found} are not all numbers", where="--weights")
+    return found
+
+
+def dtype_of(dtype: str | None) -> str | None:
+    """A dtype to write, None to keep each tensor's."""
+    if dtype in (None, "keep"):
+        return None
+    if dtype not in WORDS or dtype == "float64":
+        raise Usage(f"{quoted(dtype)!r} is not one of keep, float32, bfloat16, float16", where="--dtype")
+    return dtype
+
+
+def size_of(text: str | int | None) -> int | None:
+    """"5GB" -> 5000000000."""
+    if text is None or isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS or not float(found[1]):
+        raise Usage(f"{quoted(text)!r} is not a size", where="--max-shard-size", hint="write it as 5GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])

@@ -1,0 +1,211 @@
+"""merge: adapters into a base model's files. Copying a checkpoint with a change."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..engines import checks, layout
+from ..engines.blocks import Survival
+from ..engines.draft import draft
+from ..engines.local import Local
+from ..engines.plan import Plan
+from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, some
+from ..store.checkpoint import Checkpoint, open_checkpoint
+from ..store.disk import write_all
+from ..store.output import Output
+from .inputs import Source, adapters_of, dtype_of, size_of, weights_of
+
+MUCH_LOST = 0.1  # of the update's norm: worth a warning
+
+
+@dataclass
+class Merged:
+    """What a merge did.
+
+    changed: names of the tensors that changed.    bytes: of weights written.    seconds: it took.
+    lost: share of the update's norm that rounding to the stored dtype ate, for each adapter.
+    """
+
+    output: Path
+    changed: list[str]
+    tensors: int
+    bytes: int
+    seconds: float
+    lost: list[float] = field(default_factory=list)
+    resumed: int = 0
+    worst: list[tuple[str, float]] = field(default_factory=list)
+
+
+def merge(
+    base: str | Path,
+    adapters: Source | Sequence[Source],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    max_shard_size: str | int | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Merged:
+    """Merge adapters into a base model, on files.
+
+    base: a model folder or weight file.        adapters: folders, files or Adapter values, applied in order.
+    output: a folder that appears when it is complete.      weights: how much of each update is taken, 1 when left out.
+    dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's.       max_shard_size: "5GB"; None keeps the files.
+    device: where sums are made, "auto", "cpu" or "cuda".    workers: threads.    progress: called with (bytes, of bytes).
+
+    Raises Usage, Corrupt, Mismatch, Unsafe or System, before a byte is written wherever that can be known.
+    """
+    start = time.monotonic()
+    plan = planned(base, adapters, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
+    plan.options |= {"allow_nonfinite": allow_nonfinite}
+    return execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
+
+
+def planned(
+    base: str | Path,
+    adapters: Source | Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+) -> Plan:
+    """The plan of a merge, with everything checked that can be known without writing."""
+    limit, wanted = size_of(max_shard_size), dtype_of(dtype)
+    checkpoint = open_checkpoint(Path(base))
+    read = adapters_of(adapters)
+    factors = weights_of(weights, len(read))
+    for adapter in read:
+        try:
+            checks.numbers(adapter)
+        except AdaptKitError as e:
+            raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
+    plan = draft(checkpoint, read, factors, dtype=wanted, max_shard_size=limit)
+    plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
+    plan.options = {"verb": "merge", "weights": factors, "dtype": wanted, "max_shard_size": limit}
+    return plan
+
+
+def execute(
+    plan: Plan,
+    output: Path,
+    start: float,
+    device: str = "auto",
+    engine: str = "local",
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Merged:
+    """Write what a plan says."""
+    _possible(device, engine, workers)
+    checkpoint, total = plan.checkpoint, plan.nbytes
+    stamps = checkpoint.stamps()
+    done = _Counter(total, progress)
+    local = Local(workers, done, plan.options.get("allow_nonfinite", False))
+    inputs = [checkpoint.path, *plan.adapters]
+    out = Output(output, plan=plan.fingerprint(), need=total, inputs=inputs, overwrite=overwrite, files=len(plan.files))
+    check_pickles(checkpoint)
+    with out:
+        local.write(plan, out)
+        _beside(plan, out)
+        checkpoint.unchanged(stamps)
+        merged = Merged(output, [t.name for t in plan.changed], len(plan.targets), total, 0.0, resumed=out.resumed)
+        _survived(plan, local.survival, merged)
+        out.publish(receipt(plan, merged))
+    for text in local.warnings:
+        warnings.warn(text, AdaptKitWarning, stacklevel=2)
+    if local.zero and all(local.zero.values()):
+        text = "every base weight that was looked at is zero; is the base damaged?"
+        warnings.warn(text, AdaptKitWarning, stacklevel=2)
+    merged.seconds = time.monotonic() - start
+    return merged
+
+
+def _possible(device: str, engine: str, workers: int | None) -> None:
+    if engine != "local":
+        raise Mismatch(f"engine {engine!r} is not installed", where="--engine", hint="use local")
+    if device not in ("auto", "cpu", "cuda"):
+        raise Usage(f"{device!r} is not one of auto, cpu, cuda", where="--device")
+    if workers is not None and workers < 1:
+        raise Usage(f"{workers} workers cannot do anything", where="--workers")
+
+
+def check_pickles(checkpoint: Checkpoint) -> None:
+    """Verify the checksums of PyTorch files, since nothing else would notice a flipped bit."""
+    from ..store import pickles
+
+    for file in checkpoint.files:
+        if file.suffix != ".safetensors" and pickles.is_pickle(file):
+            pickles.check_crc(file)
+
+
+def _beside(plan: Plan, out: Output) -> None:
+    """Index, config and the files that go with the model."""
+    for source, name in plan.extras:
+        if not out.done(name) and not (name == "config.json" and plan.config is not None):
+            out.copy(source, name)
+    if plan.config is not None:
+        _text(out, "config.json", plan.config)
+    if table := layout.index(plan.files):
+        _text(out, layout.index_name(plan.files), table)
+
+
+def _text(out: Output, name: str, value: dict[str, Any]) -> None:
+    if out.done(name):
+        return
+    raw = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    with out.file(name, len(raw)) as fd:
+        write_all(fd, raw, 0)
+
+
+def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
+    """adaptkit.json: what was made of what. Folder names only, since paths tell about the machine."""
+    return {
+        "adaptkit": version("adaptkit"),
+        "made": {k: v for k, v in plan.options.items() if v not in (None, False)},
+        "base": Path(plan.checkpoint.path).name,
+        "adapters": [p.name for p in plan.adapters],
+        "changed": len(merged.changed),
+        "lost_to_rounding": [round(x, 4) for x in merged.lost],
+    }
+
+
+def _survived(plan: Plan, survival: dict[str, Survival], merged: Merged) -> None:
+    """Fill in what rounding ate, and warn when it was much."""
+    count = len(plan.options.get("weights") or [1])
+    total = Survival()
+    for found in survival.values():
+        total.add(found)
+    if not total.update:
+        return
+    alone = total.alone or {0: total.update}
+    merged.lost = [min(1.0, (total.lost / alone[k]) ** 0.5) if alone.get(k) else 0.0 for k in range(count)]
+    merged.worst = sorted(((n, s.share_lost) for n, s in survival.items()), key=lambda x: -x[1])[:5]
+    for k, share in enumerate(merged.lost):
+        if share > MUCH_LOST:
+            name = plan.adapters[k].name if k < len(plan.adapters) else f"adapter {k + 1}"
+            text = f"rounding ate {share:.0%} of the update of {name} (worst in {some([merged.worst[0][0]])}); --dtype float32 keeps it"
+            warnings.warn(text, AdaptKitWarning, stacklevel=2)
+
+
+class _Counter:
+    """Adds up bytes from all threads for a progress function."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None] | None):
+        self.total, self.report, self.done = total, report, 0
+
+    def __call__(self, n: int) -> None:
+        self.done += n  # a lost update would only delay the bar
+        if self.report:
+            self.report(min(self.done, self.total), self.total)
