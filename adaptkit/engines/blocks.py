@@ -76,6 +76,7 @@ class Workspace:
         self._files.clear()
 
 
+Observe = Callable[[int, np.ndarray, np.ndarray], None]  # (first element, before, after but not rounded)
 Apply = Callable[[np.ndarray, int, int], None]  # changes rows start:stop of a target, given as (rows, columns)
 
 
@@ -84,6 +85,7 @@ class Tensor:
 
     def __init__(self, target: Target, sample: int = SAMPLE, allow_nonfinite: bool = False):
         self.target, self.sample, self.allow_nonfinite = target, sample, allow_nonfinite
+        self.observe: Observe | None = None
         self.sum = working(target.dtype)
         self._steps: list[tuple[Change, Apply]] | None = None
         self._lock = threading.Lock()
@@ -130,6 +132,8 @@ class Tensor:
         if looked_at:
             part = slice(first - top * columns, last - top * columns)
             self._look(before[part], piece, out, space)
+            if self.observe:
+                self.observe(first, before[part], piece)
 
     def _base(self, W: np.ndarray, first: int, space: Workspace) -> None:
         source = self.target.source

@@ -180,7 +180,7 @@ def single_threaded_blas():
     return threadpool_limits(1, "blas")
 
 
-def expected(plan: Plan, space: Workspace, folder: Path, names: set[str] | None = None) -> Iterator[tuple[Target, Tensor]]:
+def expected(plan: Plan, folder: Path, names: set[str] | None = None) -> Iterator[tuple[Target, Tensor]]:
     """Every tensor of a plan, ready to be computed, for those who compare instead of write."""
     spill = _Spill(folder)
     try:

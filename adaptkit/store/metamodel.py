@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 # a declared key can still choose code, a download or a kernel: these are dropped at every depth
 REFUSED = re.compile(
     r"_|auto_map|trust|custom_|.*implementation|kernel_config|(use|disable)_.*kernels|quantization|.*dtype|backbone$"
-    r"|use_.*backbone|backbone_kwargs|name_or_path|transformers_version|per_layer_config|timm|.*compile"
+    r"|use_.*backbone|backbone_kwargs|name_or_path|transformers_version|per_layer_config|timm|model_args|.*compile"
 )
 # declared by no class, but older files carry them and they decide shapes
 INHERITED = {
     "model_type", "architectures", "num_labels", "rope_theta", "rope_scaling", "tie_word_embeddings",
     "out_features", "out_indices",
 }  # fmt: skip
-TEXT = re.compile(r"[\w .,:;+/@-]{0,200}")
+TEXT = re.compile(r"[\w .,+-]{0,200}")  # a word or two: no path, no address
+SPECIAL = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # how transformers writes them
 COUNTED = re.compile(r"layer|depth|block|stage|expert|head|label")  # keys that loops run over
 MOST = {"count": 2**20, "number": 2**28, "nodes": 100_000, "depth": 12, "parts": 200_000}
 
@@ -79,20 +81,19 @@ def _built(text: str, parts: int) -> PreTrainedModel:
 
 def _config(kind: object, raw: dict[str, Any]) -> PreTrainedConfig:
     cls = _config_class(kind)
-    if cls is None:
-        hint = "update transformers, or use a checkpoint whose tensor names are the adapter's module paths"
-        raise Mismatch(f"transformers {_version()} has no model type {quoted(kind)}", where="config.json", hint=hint)
     config = cls(**_declared(raw, cls))
     config._attn_implementation = "eager"
     return config
 
 
-def _config_class(kind: object) -> type[PreTrainedConfig] | None:
+def _config_class(kind: object) -> type[PreTrainedConfig]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     # the static table: names that some code registered at run time are not transformers' own
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES and not kind.startswith("timm_")
-    return CONFIG_MAPPING[kind] if known else None
+    if isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES and not kind.startswith("timm_"):
+        return CONFIG_MAPPING[kind]
+    hint = "update transformers, or use a checkpoint whose tensor names are the adapter's module paths"
+    raise Mismatch(f"transformers {_version()} has no model type {quoted(kind)}", where="config.json", hint=hint)
 
 
 def _model_class(config: PreTrainedConfig, architectures: object) -> type[PreTrainedModel]:
@@ -135,6 +136,8 @@ def _bounded(value: Any, key: str = "", depth: int = 0, budget: list[int] | None
     budget[0] -= 1
     if depth > MOST["depth"] or budget[0] < 0:
         raise Mismatch("is nested too deep or too long to be a model's settings", where="config.json")
+    if isinstance(value, Mapping) and set(value) == {"__float__"}:
+        return SPECIAL.get(str(value["__float__"]))
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if isinstance(k, str) and not REFUSED.match(k)}
         return {k: _bounded(v, k, depth + 1, budget) for k, v in kept.items()}
@@ -163,22 +166,25 @@ def _declared(raw: Mapping[str, Any], cls: type[PreTrainedConfig]) -> dict[str, 
 
 
 def _nested(key: str, value: dict[str, Any], cls: type[PreTrainedConfig]) -> dict[str, Any]:
-    if key.endswith(("2id", "2label")):
-        return value
-    named = _config_class(value.get("model_type"))
-    if named is None and key in cls.sub_configs:
-        spec = cls.sub_configs_defaults[key]
-        named = _config_class(spec.model_type) or (spec.config_class if hasattr(spec.config_class, "fields") else None)
-    return _declared(value, named) if named else _plain(value)
+    """A dict by its class: the one the outer class gives it, else the one its model_type names."""
+    spec = cls.sub_configs_defaults.get(key)
+    if spec is not None and _is_config(spec.config_class):
+        return _declared(value, spec.config_class)
+    kind = value.get("model_type") or (spec.model_type if spec is not None else None)
+    return _plain(value) if kind is None else _declared(value, _config_class(kind))
+
+
+def _is_config(cls: type) -> bool:
+    from transformers import PreTrainedConfig
+
+    return issubclass(cls, PreTrainedConfig)
 
 
 def _keys(cls: type[PreTrainedConfig]) -> set[str]:
-    from dataclasses import fields
-
     keys = {f.name for f in fields(cls)} | set(cls.attribute_map) | set(cls.attribute_map.values()) | INHERITED
     # flat files of composite models (Qwen2-VL) hold the text model's settings at the top
-    for sub in cls.sub_configs.values():
-        keys |= {f.name for f in fields(sub)} if hasattr(sub, "__dataclass_fields__") else set()
+    for sub in filter(_is_config, cls.sub_configs.values()):
+        keys |= {f.name for f in fields(sub)}
     return keys
 
 

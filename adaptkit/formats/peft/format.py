@@ -11,7 +11,7 @@ from typing import Any
 from ...adapter import Adapter, Site
 from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
 from ...select import matching
-from ...store.arrays import FLOATS
+from ...store.arrays import FLOATS, load
 from ...store.checkpoint import read_weights, warn
 from ...store.entry import Entry
 from ..base import Format
@@ -101,13 +101,20 @@ def _group(entries: dict[str, Entry]) -> tuple[dict[tuple[str, int], Parts], dic
         if key.part == "training":
             continue
         if key in seen:
-            raise Corrupt(f"{quoted(name)} and {quoted(seen[key])} are two spellings of one tensor")
+            _same(entry, entries[seen[key]])
+            continue
         seen[key] = name
         if key.part == "whole":
             whole[key.path] = entry
         else:
             modules[key.path, key.depth][key.part] = entry
     return dict(modules), whole
+
+
+def _same(a: Entry, b: Entry) -> None:
+    """A tensor under two names, as PEFT writes the bias of a saved module, is fine as long as they agree."""
+    if a.shape != b.shape or not (load(a) == load(b)).all():
+        raise Corrupt(f"{quoted(a.name)} and {quoted(b.name)} are two spellings of one tensor, with other values")
 
 
 def _site(

@@ -1,0 +1,76 @@
+"""adaptkit merge"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import words
+from .progress import bar
+
+
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@words.output
+@words.weights
+@words.writing
+@click.option("--allow-nonfinite", is_flag=True, help="Keep going when a merged number is NaN or infinite.")
+@click.option("--dry-run", is_flag=True, help="Show what would change, by how much memory and disk, and write nothing.")
+@words.printing
+def command(base: str, adapters: tuple[str, ...], output: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Merge adapters into a base model, on files.
+
+    BASE is a model folder or weight file, ADAPTER a folder or file. OUT appears when it is complete; a run that was
+    stopped goes on when the same command is run again.
+
+    \b
+    Examples:
+      adaptkit merge llama/ my-lora/ -o merged/
+      adaptkit merge llama/ style/ facts/ -o merged/ --weights 0.7,0.3
+      adaptkit merge llama/ my-lora/ -o merged/ --dry-run
+    """
+    if dry_run:
+        _rehearse(base, adapters, output, as_json, options)
+        return
+    from ..verbs.merge import merge
+
+    with bar("merging", not quiet and not as_json) as progress:
+        merged = merge(base, list(adapters), output, progress=progress, **options)
+    if as_json:
+        click.echo(words.as_json(merged))
+    elif not quiet:
+        click.echo(sentence("merged", merged))
+
+
+def sentence(did: str, merged: Any) -> str:
+    """One line of result."""
+    lost = f", rounding ate {max(merged.lost):.1%} of the update" if merged.lost else ""
+    again = f", {merged.resumed} files were there already" if merged.resumed else ""
+    speed = f"{merged.bytes / max(merged.seconds, 1e-9) / 1e9:.2f} GB/s"
+    return (
+        f"{did} {len(merged.changed)} of {merged.tensors} tensors into {merged.output} "
+        f"({words.human(merged.bytes)}, {merged.seconds:.1f} s, {speed}{lost}{again})"
+    )
+
+
+def _rehearse(base: str, adapters: tuple[str, ...], output: Path, as_json: bool, options: dict[str, Any]) -> None:
+    from ..verbs.plan import plan
+
+    known = ("weights", "dtype", "max_shard_size", "workers", "overwrite")
+    found = plan(base, list(adapters), output, **{k: options[k] for k in known})
+    if as_json:
+        click.echo(words.as_json(found))
+        return
+    columns = [("tensor", "left"), ("change", "left"), ("shape", "right"), ("dtype", "left"), ("tensors", "right"), ("size", "right")]
+    rows = [
+        (g.name, g.what, " x ".join(map(str, g.shape)), g.dtype, str(g.tensors), words.human(g.bytes)) for g in found.groups
+    ]
+    words.table(columns, rows)
+    click.echo(f"{found.changed} of {found.tensors} tensors would change; {words.human(found.copied)} would only be copied")
+    click.echo(f"memory: at most {words.human(found.memory)}")
+    room = "fits" if found.fits else "DOES NOT FIT"
+    click.echo(f"disk:   {words.human(found.bytes)} in {len(found.files)} file(s), {words.human(found.free)} free: {room}")
+    click.echo("nothing was written")

@@ -1,0 +1,121 @@
+"""inspect: what an adapter is, from its settings and headers. No torch, and no numbers are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapter import Adapter
+from ..errors import AdaptKitError
+from ..formats.base import read
+from ..store.arrays import dtype_of, shape_of
+from ..store.checkpoint import open_checkpoint
+from ..store.entry import BITS, Entry
+
+
+@dataclass
+class Inspected:
+    """What an adapter, or a model, is.
+
+    targets: module endings, with how many sites each has.   rank, alpha: a number, or a list when sites differ.
+    settings: what else of its configuration changes the numbers.
+    """
+
+    path: str
+    kind: str
+    format: str
+    sites: int
+    targets: dict[str, int]
+    rank: int | list[int] | None
+    alpha: float | list[float] | None
+    whole: list[str]
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    base: str | None
+    layers: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def inspect(path: str | Path) -> Inspected:
+    """Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.
+
+    path: an adapter's folder or file; of a model, its tensors are summed up. Raises as reading the format does.
+    """
+    try:
+        adapter = read(Path(path))
+    except AdaptKitError as e:
+        if "this is a model" in e.message:
+            return _model(Path(path))
+        raise
+    return _adapter(Path(path), adapter)
+
+
+def _adapter(path: Path, adapter: Adapter) -> Inspected:
+    values = [v for s in adapter.sites.values() for v in s.params.values()] + list(adapter.whole.values())
+    values = [v for v in values if isinstance(v, Entry)]
+    kinds = Counter(s.tuner.name for s in adapter.sites.values())
+    about = adapter.about
+    return Inspected(
+        path=str(path),
+        kind=" + ".join(kinds) or "whole tensors",
+        format=adapter.meta.get("format", "?"),
+        sites=len(adapter.sites),
+        targets=dict(Counter(n.rpartition(".")[2] or "the whole model" for n in adapter.sites).most_common()),
+        rank=_one([s.tuner.r for s in adapter.sites.values() if hasattr(s.tuner, "r")]),
+        alpha=_one([s.tuner.alpha for s in adapter.sites.values() if hasattr(s.tuner, "alpha")]),
+        whole=sorted(adapter.whole),
+        layers=_layers(adapter),
+        base=adapter.meta.get("base") or None,
+        settings={k: about[k] for k in sorted(about) if k in TELLING and about[k] not in (None, False, [], {}, "none")},
+        **_sums(values),
+    )
+
+
+TELLING = {
+    "use_rslora", "use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "ensure_weight_tying", "task_type",
+    "peft_version", "feedforward_modules", "num_virtual_tokens", "init_lora_weights", "use_bdlora", "kasa_config", "revision",
+    "fan_in_fan_out",
+}  # fmt: skip
+
+
+def _layers(adapter: Adapter) -> list[int]:
+    from ..select import layer
+
+    return sorted({i for n in adapter.sites if (i := layer(n)) is not None})
+
+
+def _model(path: Path) -> Inspected:
+    found = open_checkpoint(path)
+    kind = (found.config.get("architectures") or [found.config.get("model_type") or "model"])[0]
+    files = f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}"
+    return Inspected(
+        path=str(path), kind=f"model ({kind})", format=f"{'pytorch' if found.pickled else 'safetensors'}, {files}", sites=0,
+        targets={}, rank=None, alpha=None, whole=[], base=None, **_sums(list(found.entries.values())),
+    )  # fmt: skip
+
+
+def _sums(values: list[Entry]) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for v in values:
+        dtypes[dtype_of(v)] += 1
+    numbers = sum(_count(v) for v in values)
+    nbytes = sum(_count(v) * BITS[dtype_of(v)] // 8 for v in values)
+    return {"tensors": len(values), "parameters": numbers, "bytes": nbytes, "dtypes": dict(dtypes)}
+
+
+def _count(value: Entry) -> int:
+    n = 1
+    for size in shape_of(value):
+        n *= size
+    return n
+
+
+def _one(values: list) -> Any:
+    """The one value that all sites have, or all that occur."""
+    found = sorted(set(values))
+    return found[0] if len(found) == 1 else found or None

@@ -1,0 +1,57 @@
+"""targets: which modules of a model a selection hits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..select import Select, parse_layers
+from ..store.checkpoint import open_checkpoint
+
+PLAIN = re.compile(r"[\w.\-]+(?:,[\w.\-]+)*")
+
+
+@dataclass
+class Target:
+    """A module that is hit. shape, dtype: of its weight as stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def targets(
+    model: str | Path,
+    *,
+    target_modules: str | Collection[str] | None = None,
+    layers: str | Collection[int] | None = None,
+    layers_pattern: str | None = None,
+    exclude_modules: str | Collection[str] | None = None,
+) -> list[Target]:
+    """Show which modules of a model a selection hits.
+
+    target_modules: a regular expression for whole names, or names ("q_proj,v_proj"); all modules when left out.
+    layers: "0-3,7", or numbers.   layers_pattern: what stands before the layer's number.   exclude_modules: as target_modules.
+
+    Raises Mismatch with the endings that occur when nothing is hit.
+    """
+    entries = open_checkpoint(Path(model)).entries
+    weights = {n.removesuffix(".weight"): e for n, e in entries.items() if len(e.shape) > 1 or n.endswith(".weight")}
+    rule = _rule(target_modules) if target_modules is not None else ".*"
+    chosen = Select(
+        pattern=rule if isinstance(rule, str) else None,
+        names=None if isinstance(rule, str) else rule,
+        layers=parse_layers(layers) if isinstance(layers, str) else layers,
+        layers_pattern=layers_pattern,
+        exclude=_rule(exclude_modules) if exclude_modules is not None else None,
+    )
+    return [Target(n, weights[n].shape, weights[n].dtype) for n in chosen(weights)]
+
+
+def _rule(text: str | Collection[str]) -> str | list[str]:
+    """Names when it reads like names; a plain name as a whole-name pattern would hit nothing."""
+    if isinstance(text, str):
+        return text.split(",") if PLAIN.fullmatch(text) else text
+    return list(text)
