@@ -7,14 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from places import FIXTURES
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may look for the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-
-ROOT = Path(__file__).resolve().parent.parent
-FIXTURES = ROOT / "fixtures"
-SHARED = ROOT.parent / "shared"
-
 
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
@@ -26,8 +22,3 @@ def fixtures() -> Path:
 def inputs() -> dict:
     """The inputs that every expected.npy was computed from."""
     return json.loads((FIXTURES / "inputs.json").read_text())
-
-
-def adapter_folders() -> list[Path]:
-    """Every adapter that real PEFT made for a model of ours."""
-    return sorted(p.parent for p in FIXTURES.glob("adapters/*/*/adapter_config.json"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .conftest import FIXTURES, ROOT
+from places import FIXTURES, ROOT
 
 
 def inputs_of(name: str) -> dict:

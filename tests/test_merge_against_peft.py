@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models import outputs
+from places import FIXTURES, adapter_folders
 
 import adaptkit
 
-from .conftest import FIXTURES, adapter_folders
-from .models import outputs
 
 REFUSED = {
     "alora": "alora_invocation_tokens",

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import AdaptKitError, Corrupt, Mismatch, System, quoted
-from ..store.arrays import NUMPY, load, read_into, rounded, working
+from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, working
 from .plan import Change, Target
 
 ELEMENTS = 1 << 19  # of one sum: what stays in a core's cache in float32, and is long enough for a matrix product
@@ -105,7 +105,10 @@ class Tensor:
         """The bytes of the tensor from `start` on, as many as `out` holds."""
         t = self.target
         if t.copied:
-            return space.read(t.source.file, out, t.source.offset + start)
+            space.read(t.source.file, out, t.source.offset + start)
+            if start % (self.sample * ELEMENTS) < len(out):
+                self._sound(out, start, space)
+            return
         size = NUMPY[t.dtype].itemsize
         first, last = start // size, -(-(start + len(out)) // size)
         whole = first * size == start and last * size == start + len(out)
@@ -115,6 +118,17 @@ class Tensor:
             self._block(at, min(at + ELEMENTS, last), into[at - first :], space)
         if not whole:
             flat[:] = into.view("u1")[start - first * size :][: len(out)]
+
+    def _sound(self, copied: memoryview, start: int, space: Workspace) -> None:
+        """Warn when bytes that are only copied are NaN or infinite: the base is damaged, and stays as it is."""
+        dtype = NUMPY.get(self.target.dtype)
+        if self.target.dtype not in FLOATS or start % dtype.itemsize or len(copied) % dtype.itemsize:
+            return
+        top = INFINITE[self.target.dtype]
+        bits = np.frombuffer(copied, f"i{dtype.itemsize}")
+        # as integers, positive floats sort by size, and negative ones sort by size when read without a sign
+        if bits.max(initial=0) >= top or bits.view(f"u{dtype.itemsize}").max(initial=0) >= top + (1 << (8 * dtype.itemsize - 1)):
+            space.warnings[f"{quoted(self.target.name)}: the base holds NaN or infinite values; they stay"] = None
 
     def _block(self, first: int, last: int, into: np.ndarray, space: Workspace) -> None:
         """Elements first:last, rounded, into the start of `into`."""
@@ -191,6 +205,7 @@ def _limit(dtype: str) -> float:
     return float(info.max) * (1 + float(info.eps) / 4) if dtype != "F64" else float("inf")
 
 
+INFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}  # the bits of infinity
 LIMITS = {dtype: _limit(dtype) for dtype in ("BF16", "F16", "F32", "F64")}
 
 

@@ -94,6 +94,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         raise Usage("not found", where=path, hint="give a model folder or a weight file")
+    found = _opened(path)
+    _odd_names(found.entries)
+    return found
+
+
+def _opened(path: Path) -> Checkpoint:
     if not path.is_dir():
         return _of_files(path, path.parent, [path])
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
@@ -104,6 +110,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _of_files(path, path, [_single(path)])
 
 
+def _odd_names(entries: dict[str, Entry]) -> None:
+    """Warn of what is allowed and yet hardly meant; it is kept."""
+    if odd := [n for n in entries if not n.isprintable()]:
+        warn(f"{len(odd)} tensor names hold control characters ({some(odd, 1)}); kept")
+    lower: dict[str, str] = {}
+    if twins := [n for n in entries if lower.setdefault(n.lower(), n) != n]:
+        warn(f"{some(twins, 1)} and {quoted(lower[twins[0].lower()])} differ in case only; both are kept")
+    if empty := sum(not e.nbytes for e in entries.values()):
+        warn(f"{empty:,} tensors hold no numbers; kept")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from an untrusted file. Raises Corrupt."""
     fd = open_regular(path)
@@ -112,7 +129,10 @@ def read_json(path: Path) -> dict[str, Any]:
             raise Corrupt(f"larger than {LARGEST_JSON:,} bytes", where=path.name)
         raw = f.read()
     try:
-        found = safetensors.load_json(raw.removeprefix(b"\xef\xbb\xbf"))
+        # json guesses UTF-16 by itself; the format is UTF-8
+        found = safetensors.load_json(raw.removeprefix(b"\xef\xbb\xbf").decode())
+    except UnicodeDecodeError as e:
+        raise Corrupt(f"is not UTF-8 text (byte {e.start})", where=path.name) from None
     except Corrupt as e:
         raise e.at(path.name) from None
     if not isinstance(found, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import stat
 from pathlib import Path
@@ -34,6 +35,7 @@ HINTS = {
 DIRECT = getattr(os, "O_DIRECT", 0)
 EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 AT_FDCWD = -100
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def why(error: OSError) -> str:
@@ -92,7 +94,7 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Create a folder and its missing parents so that they survive a power cut; return those created, outermost first."""
+    """Create a folder and its missing parents so that they survive a power cut; returns those it made, from the outside in."""
     missing = [p for p in (path, *path.parents) if not p.is_dir()][::-1]
     made = []
     for folder in missing:
@@ -142,10 +144,7 @@ def size_of(path: Path) -> int | None:
 
 def human(count: float) -> str:
     """A number of bytes as people read it: 14.5 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    power = min(int(math.log(count, 1000)), 4)
+    return f"{count / 1000**power:.1f} {UNITS[power]}"

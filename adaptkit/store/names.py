@@ -35,6 +35,13 @@ PREFIXES = frozenset(
 )
 
 
+# model types that transformers loads by the names on disk: its tables, slow to import, have nothing to say about them
+PLAIN = frozenset(
+    "llama mistral qwen2 qwen3 phi phi3 gemma gemma2 gemma3_text opt gpt2 gptj gpt_bigcode bert roberta distilbert electra t5 mt5 "
+    "falcon bloom mpt stablelm starcoder2 olmo olmo2 cohere cohere2 bart whisper".split()
+)
+
+
 def prefixes(disk: Collection[str]) -> list[str]:
     """The prefixes that the names on disk could carry."""
     return sorted({n.partition(".")[0] for n in disk} & PREFIXES)
@@ -66,10 +73,10 @@ def _direct_site(site: str, shapes: Mapping[str, tuple[int, ...]], known: Collec
 
 
 def _converted(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lost: Collection[str]) -> dict[str, list[Edge]]:
+    if config.get("model_type") in (None, *PLAIN):
+        return {}
     from . import conversions
 
-    if not config.get("model_type"):
-        return {}
     candidates = {f"{s}.{leaf}" if leaf else s: s for s in lost for leaf in LEAVES}
     edges = conversions.edges(config, shapes, list(candidates))
     return {candidates[name]: e for name, e in edges.items() if e}

@@ -107,8 +107,8 @@ class Output:
 
     def _warn_of_damage(self) -> None:
         if self._damaged:
-            text = f"{self.partial}: the last {self._damaged} bytes of the journal are damaged; {len(self._done)} files count"
-            warnings.warn(text, AdaptKitWarning, stacklevel=4)
+            text = f"the last {self._damaged} bytes of the journal are damaged; {len(self._done)} files count"
+            warnings.warn(f"{self.partial}: {text}", AdaptKitWarning, stacklevel=4)
 
     def _sweep(self) -> None:
         """Delete everything in OUT.partial that is not a finished file or a folder of one."""
@@ -151,10 +151,11 @@ class Output:
         """
         while True:
             self._made += disk.make_folders(self.partial)
-            self._hold_folder(self.partial)
+            with suppress(FileNotFoundError):
+                self._hold_folder(self.partial)
             if self._is_ours():
                 break
-            self._release()  # published or removed by another run between our two calls
+            self._release()  # published or removed by another run between two of our calls
         lock = os.open(self.partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self._held.append(lock)
         self._flock(lock)
@@ -171,7 +172,7 @@ class Output:
         """True while the folder called OUT.partial is the one we hold."""
         try:
             return os.path.samestat(os.fstat(self._held[0]), os.lstat(self.partial))
-        except (FileNotFoundError, IndexError):
+        except (OSError, IndexError):
             return False
 
     def _release(self) -> None:
@@ -180,7 +181,7 @@ class Output:
 
     # -- the run
 
-    def __enter__(self) -> Output:  # noqa: PYI034
+    def __enter__(self) -> Output:
         try:
             with self._explained():
                 self._lock()
@@ -363,9 +364,13 @@ class Output:
                 with suppress(OSError):
                     tmp.unlink()
             cause = _cause(error)
-            if cause is None:
+            if cause is None or name and self._of_another_file(cause):
                 raise
             raise self._sentence(cause, name) from cause
+
+    def _of_another_file(self, error: OSError) -> bool:
+        """True for what the caller met in its own files while it was writing ours."""
+        return error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(self.partial)
 
     def _sentence(self, error: OSError, name: str | None) -> System:
         place = getattr(self, "partial", self.path)

@@ -11,6 +11,7 @@ from typing import Any
 from ...adapter import Adapter, Site
 from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
 from ...select import matching
+from ...store import pickles
 from ...store.arrays import FLOATS, load
 from ...store.checkpoint import read_weights, warn
 from ...store.entry import Entry
@@ -18,6 +19,7 @@ from ..base import Format
 from . import build
 from .config import read_config
 from .keys import Key, is_attention_output, parse
+from .patterns import unmatched
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -43,6 +45,8 @@ class Peft(Format):
         config = read_config(folder / CONFIG)
         file = path if path.is_file() else _weights(folder)
         entries, metadata = read_weights(file)
+        if file.suffix != ".safetensors":
+            pickles.check_crc(file)
         try:
             adapter = assemble(config, entries)
         except AdaptKitError as e:
@@ -161,6 +165,7 @@ def _justified(config: dict[str, Any], adapter: Adapter) -> None:
         )
     if config.get("bias", "none") != "none" and not any(n.endswith("bias") for n in adapter.whole):
         warn(f"the settings say bias={config['bias']!r}, but the file holds no bias")
+    unmatched(config, [n for n in adapter.sites if n])
     _covered(config, adapter)
 
 
