@@ -5,15 +5,18 @@ Listed from metadata, imported on first use. The built-in ones come in by the sa
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import sys
 import warnings
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 
 from .errors import AdaptKitError, AdaptKitWarning, Mismatch, quoted
 
 KINDS = {"tuners": "tuner", "formats": "format"}
+BASES = {"tuners": "adaptkit.tuners.base.Tuner", "formats": "adaptkit.formats.base.Format"}  # by name: they lie above
 OURS = "adaptkit"
 
 
@@ -21,7 +24,7 @@ OURS = "adaptkit"
 def catalogue(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
     """Every claim on every name of one kind, as the installed packages declare them; nothing is imported."""
     found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=f"adaptkit.{kind}"):
+    for point in _declared(f"adaptkit.{kind}"):
         if package(point) == OURS or not os.environ.get("ADAPTKIT_NO_PLUGINS"):
             claims = found.setdefault(point.name, [])
             if all(package(p) != package(point) for p in claims):  # a folder listed twice on sys.path is one claim
@@ -36,7 +39,17 @@ def names(kind: str) -> list[str]:
 
 def package(point: EntryPoint) -> str:
     """The distribution that declares an entry point."""
-    return point.dist.name if point.dist else "?"
+    return (point.dist and point.dist.name) or "?"
+
+
+def owners(kind: str, name: str) -> list[str]:
+    """The packages that claim a name."""
+    return sorted(package(p) for p in catalogue(kind).get(name, ()))
+
+
+def built_in(kind: str, name: str) -> bool:
+    """Whether a name is one of ours, so that loading it runs nobody else's code."""
+    return OURS in owners(kind, name)
 
 
 def point(kind: str, name: str) -> EntryPoint:
@@ -46,10 +59,9 @@ def point(kind: str, name: str) -> EntryPoint:
         raise Mismatch(_unknown(kind, name))
     ours = [p for p in claims if package(p) == OURS]
     if len(claims) > 1 and not ours:
-        owners = ", ".join(sorted(package(p) for p in claims))
-        raise Mismatch(f"{KINDS[kind]} {name!r} is claimed by {owners}", hint="uninstall all but one")
+        raise Mismatch(f"{KINDS[kind]} {name!r} is claimed by {', '.join(owners(kind, name))}", hint="uninstall all but one")
     if len(claims) > 1:
-        others = ", ".join(sorted(package(p) for p in claims if p not in ours))
+        others = ", ".join(o for o in owners(kind, name) if o != OURS)
         warnings.warn(f"{KINDS[kind]} {name!r} of {others} is ignored: the name is built in", AdaptKitWarning, stacklevel=2)
     return (ours or claims)[0]
 
@@ -58,18 +70,59 @@ def point(kind: str, name: str) -> EntryPoint:
 def load(kind: str, name: str) -> type:
     """The class called `name`. Raises Mismatch with the reason when there is none, or it cannot be loaded."""
     where = point(kind, name)
+    whose = f"{KINDS[kind]} {name!r} of {package(where)}"
+    found = _imported(where, whose)
+    base = BASES[kind]
+    if not isinstance(found, type) or base not in {f"{c.__module__}.{c.__qualname__}" for c in found.__mro__}:
+        raise Mismatch(f"{whose} is {quoted(repr(found))}, not a {base.rpartition('.')[2]}", hint='write it as "module:Class"')
+    if getattr(found, "name", None) != name:
+        raise Mismatch(f"{whose} calls itself {quoted(repr(getattr(found, 'name', None)))}", hint=f"set name = {name!r}")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise Mismatch(f"{whose} does not define {', '.join(missing)}")
+    return found
+
+
+def _imported(where: EntryPoint, whose: str) -> object:
+    """What an entry point leads to. Whatever a stranger's module does on import, we say whose it was."""
+    if not where.pattern.match(where.value):
+        raise Mismatch(f"{whose} has the entry point {quoted(where.value)!r}", hint='write it as "module:Class"')
     try:
-        found = where.load()
-    except ModuleNotFoundError as e:
-        hint = f"pip install adaptkit[{name}]" if package(where).startswith(OURS) else f"pip install {e.name}"
-        raise Mismatch(f"{KINDS[kind]} {name!r} needs {e.name}", hint=hint) from e
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results, and may be JSON
+            return where.load()
     except AdaptKitError:
         raise
-    except (Exception, SystemExit) as e:  # whatever a stranger's module does on import, we say whose it was
-        raise Mismatch(f"{KINDS[kind]} {name!r} of {package(where)} cannot be loaded: {quoted(e) or type(e).__name__}") from e
-    if not isinstance(found, type) or getattr(found, "name", None) != name:
-        raise Mismatch(f"{KINDS[kind]} {name!r} of {package(where)} is not a class with name = {name!r}")
-    return found
+    except (Exception, SystemExit) as e:
+        needed = getattr(e, "name", None) if isinstance(e, ModuleNotFoundError) else None
+        if needed and needed.partition(".")[0] != where.module.partition(".")[0]:
+            hint = f"pip install adaptkit[{where.name}]" if package(where) == OURS else f"pip install {needed}"
+            raise Mismatch(f"{whose} needs {needed}", hint=hint) from e
+        why = f"{type(e).__name__}: {quoted(e)}" if str(e) else type(e).__name__
+        raise Mismatch(f"{whose} cannot be loaded ({why})") from e
+
+
+def _declared(group: str) -> list[EntryPoint]:
+    """The entry points of a group. A package whose list cannot be read does not spoil everyone else's."""
+    try:
+        return list(entry_points(group=group))
+    except Exception:
+        return [p for dist in distributions() for p in _readable(dist, group)]
+
+
+def _readable(dist, group: str) -> list[EntryPoint]:
+    try:
+        return list(dist.entry_points.select(group=group))
+    except Exception as e:
+        if group in _text(dist):
+            text = f"the entry points of {dist.name or '?'} cannot be read ({type(e).__name__}); what it adds to {group} is ignored"
+            warnings.warn(text, AdaptKitWarning, stacklevel=2)
+        return []
+
+
+def _text(dist) -> str:
+    try:
+        return dist.read_text("entry_points.txt") or ""
+    except Exception:
+        return ""
 
 
 def _unknown(kind: str, name: str) -> str:

@@ -68,7 +68,8 @@ def matching(rule: str | Collection[str], names: Collection[str]) -> set[str]:
     if isinstance(rule, str):
         return fullmatches(rule, names)
     endings = {e for e in rule if e}
-    return {n for n in names if any(tail in endings for tail in _tails(n))}
+    last = {e.rpartition(".")[2] for e in endings}  # most names end otherwise, and there may be many
+    return {n for n in names if n.rpartition(".")[2] in last and any(tail in endings for tail in _tails(n))}
 
 
 def fullmatches(pattern: str, names: Collection[str]) -> set[str]:

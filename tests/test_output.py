@@ -185,6 +185,13 @@ def journaled(folder: Path) -> int:
         return len(toy_output(folder, overwrite=True)._finished())
 
 
+def old_output(plan: str) -> dict[str, bytes]:
+    """What --overwrite replaces: other bytes under the same names and sizes, with a manifest that lists them."""
+    files = {name: b"o" * size for name, size in SIZES.items()}
+    manifest = {"plan": plan, "files": [{"name": name, "size": size} for name, size in SIZES.items()]}
+    return {**files, MANIFEST: json.dumps(manifest).encode()}
+
+
 class Enumeration:
     """The toy job, once for every call that changes a file, with a fault at that call; then again without one."""
 
@@ -194,14 +201,14 @@ class Enumeration:
         self.violations: list[str] = []
         self.resumed: list[int] = []
         self.codes: set[int] = set()
-        self.before = {"old.bin": b"old" * 999, MANIFEST: json.dumps({"plan": old}).encode()} if old else None
+        self.before = old_output(old) if old else None
         self.wanted = self.undisturbed()
 
     def fresh(self, name: str) -> Path:
         place = self.folder / name
         make_input(place)
         for file, data in (self.before or {}).items():
-            (place / "out").mkdir(exist_ok=True)
+            (place / "out" / file).parent.mkdir(parents=True, exist_ok=True)
             (place / "out" / file).write_bytes(data)
         return place
 
@@ -742,6 +749,15 @@ def test_the_lock_of_a_dead_run_is_taken_over(place, wanted):
     (place / "out.partial" / ".lock").write_text("1 elsewhere\n")
     toy_job(place)
     assert tree(place / "out") == wanted
+
+
+def test_an_output_that_is_finished_by_another_run_is_noticed_at_the_start(place):
+    """Between the checks and the lock another run may have done it all: refused before any work."""
+    late = toy_output(place)
+    toy_job(place)
+    with pytest.raises(Usage, match="is not empty"):
+        late.__enter__()
+    assert {p.name for p in place.iterdir()} == {"in", "out"}
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(place):

@@ -1,4 +1,4 @@
-"""torch checkpoints are read without running anything: sound ones as torch reads them, hostile ones refused by class."""
+"""torch checkpoints are read, nothing is run: sound ones as torch reads them, hostile ones refused by class."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def numbers(entry: Entry) -> bytes:
 
 
 def raw(t: torch.Tensor) -> bytes:
-    t = t.detach().contiguous().reshape(-1)
-    return (t if t.numel() else t.new_zeros(0)).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    """The bytes of a tensor, row by row."""
+    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
 def assert_same(entries: dict[str, Entry], expected: dict[str, torch.Tensor]) -> None:
@@ -548,6 +548,12 @@ def test_a_zip_bomb_is_corrupt(tmp_path):
     refused(archive(tmp_path / "a.bin", program(value), {"0": bytes(4 * size)}, 8), Corrupt, "more than 20 times")
 
 
+def test_a_pickle_that_inflates_too_much_is_corrupt(tmp_path):
+    """A small file may not cost much: neither memory nor opcodes."""
+    path = archive(tmp_path / "a.bin", program(b"(" * (1 << 20)), method=8)
+    refused(path, Corrupt, "takes 1,048,579 bytes, inflated from")
+
+
 def test_a_storage_that_inflates_to_another_size_is_corrupt(tmp_path):
     """D58: the directory says 16 bytes, the stream has more; no more than a block is ever inflated."""
     path = archive(tmp_path / "a.bin", program(table(a=tensor())), {"0": bytes(5000)}, 8)
@@ -858,21 +864,19 @@ def test_only_headers_are_read(tmp_path, monkeypatch):
 
 
 def with_hole(path: Path, at: int, size: int) -> None:
-    """Make the last member of an archive `size` zero bytes long."""
+    """Make the last member of an archive, whose data begins at `at`, `size` zero bytes long."""
     data = path.read_bytes()
-    start = data.index(b"PK\x01\x02")
-    tail = bytearray(data[start:])
-    last = tail.rindex(b"PK\x01\x02")
-    sizes = struct.pack("<3I", 0, size, size)
-    tail[last + 16 : last + 28] = sizes
-    tail[-6:-2] = struct.pack("<I", at + size)
+    directory = bytearray(data[data.index(b"PK\x01\x02") :])
+    last = directory.rindex(b"PK\x01\x02")
+    fields = struct.pack("<3I", 0, size, size)
+    directory[last + 16 : last + 28] = fields
+    directory[-6:-2] = struct.pack("<I", at + size)
     with open(path, "r+b") as f:
         f.truncate(at)
-        f.seek(at - 8 - 30 + 14 + 8 - len("x/data/0"))
-        f.seek(at - len("x/data/0") - 30 + 14)
-        f.write(sizes)
+        f.seek(data.rindex(b"PK\x03\x04") + 14)
+        f.write(fields)
         f.seek(at + size)
-        f.write(tail)
+        f.write(directory)
 
 
 def sound_files(folder: Path) -> list[Path]:
@@ -959,7 +963,7 @@ def assert_ours(path: Path) -> None:
 @pytest.mark.skipif(not WILD, reason="the collected files are not here")
 @pytest.mark.parametrize("path", WILD, ids=lambda p: "/".join(p.parts[-3:]))
 def test_wild_files_are_listed_as_torch_lists_them(path):
-    """Files made by others: the same names, shapes and bytes as torch's weights_only reader, or refused as it refuses."""
+    """Files made by others: the same names, shapes and bytes as torch's weights_only reader, or both refuse."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

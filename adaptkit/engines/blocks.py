@@ -173,8 +173,10 @@ class Tensor:
     def _look(self, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, space: Workspace) -> None:
         name = self.target.name
         found = space.survival.setdefault(name, Survival())
-        found.update += _square(exact - before)
-        found.lost += _square(stored.astype(exact.dtype) - exact)
+        update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
+        if np.isfinite(update) and np.isfinite(lost):  # NaN in the base has its own warning
+            found.update += update
+            found.lost += lost
         space.zero[name] = space.zero.get(name, True) and not before.any()
 
     def _finite(self, values: np.ndarray, first: int, space: Workspace) -> None:

@@ -80,7 +80,7 @@ def _whole(d: _Draft, adapter: Adapter, weight: float) -> None:
     """Tensors replaced outright. New ones are added when the adapter's settings name them."""
     known = prefixes(d.shapes)
     places = {name: found for name in adapter.whole if (found := direct(name, d.targets, known))}
-    lost = [n for n in adapter.whole if n not in places and not d.ends.is_end(n)]
+    lost = [n for n in adapter.whole if n not in places and not (d.ends.head is None and d.ends.is_end(n))]
     if lost:
         places |= _renamed(d, adapter, lost)
     for name, value in adapter.whole.items():
@@ -209,6 +209,8 @@ def _add(d: _Draft, disk: str, change: Change) -> None:
 def _bias(d: _Draft, tuner, site: Site, edges: list[Edge], weight: float, index: int) -> None:
     for edge in edges:
         name = edge.disk.removesuffix("weight") + "bias"
+        if edge.disk_expert is not None or edge.expert is not None:
+            raise Mismatch("has a bias inside a stack of experts, which is not supported")
         if name not in d.targets:
             if "c" in site.params:
                 raise Mismatch("has a trained bias (lora_bias), but the model's layer has none")
@@ -216,7 +218,8 @@ def _bias(d: _Draft, tuner, site: Site, edges: list[Edge], weight: float, index:
         t = d.targets[name]
         addable(t)
         rows = edge.disk_rows or (0, t.shape[0])
-        change = Change(tuner, site.params, weight, index, rows, (rows[1] - rows[0],), what="bias", part=edge.rows)
+        more = {"part": edge.rows, "order": edge.permutation}
+        change = Change(tuner, site.params, weight, index, rows, (rows[1] - rows[0],), what="bias", **more)
         d.targets[name] = replace(t, changes=[*t.changes, change])
 
 

@@ -86,7 +86,7 @@ def _read(entry: Entry) -> np.ndarray:
     if entry.strides is None:
         return np.frombuffer(raw_bytes(entry), dtype).reshape(entry.shape)
     flat = np.frombuffer(raw_bytes(entry), dtype)
-    view = np.lib.stride_tricks.as_strided(flat, entry.shape, [s * dtype.itemsize for s in entry.strides])
+    view = np.ndarray(entry.shape, dtype, flat, 0, [s * dtype.itemsize for s in entry.strides])
     return np.ascontiguousarray(view)
 
 

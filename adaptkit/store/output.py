@@ -315,22 +315,16 @@ class Output:
                 raise System("was deleted or changed by another program", where=self.partial / name)
 
     def _appear(self) -> None:
-        try:
-            os.unlink(self.partial / journal.NAME)
-            os.unlink(self.partial / LOCK)
-            disk.sync_folder(self.partial)
-            if self.overwrite and self.target.exists():
-                self._swap()
-            else:
-                os.rename(self.partial, self.target)  # replaces an empty folder, fails if another run put files there
-            disk.sync_folder(self.target.parent)
-            if self.overwrite and os.path.lexists(self.aside):  # from a run that was killed between its two renames
-                _delete_old(self.aside)
-        except BaseException:
-            if self._is_ours():
-                with suppress(OSError, System):
-                    Journal(self.partial, self.plan, self._done.values()).close()
-            raise
+        os.unlink(self.partial / journal.NAME)
+        os.unlink(self.partial / LOCK)
+        disk.sync_folder(self.partial)
+        if self.overwrite and self.target.exists():
+            self._swap()
+        else:
+            os.rename(self.partial, self.target)  # replaces an empty folder, fails if another run put files there
+        disk.sync_folder(self.target.parent)
+        if self.overwrite and os.path.lexists(self.aside):  # from a run that was killed between its two renames
+            _delete_old(self.aside)
 
     def _swap(self) -> None:
         """Put the new folder in the place of the old one in a single step, then delete the old one."""

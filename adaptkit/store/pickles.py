@@ -146,8 +146,8 @@ def _read_zip(fd: int) -> tuple[Any, Find]:
 
 def _data_pkl(fd: int, member: zips.Member) -> Any:
     """The value of data.pkl. A name that is refused is told even if the CRC is wrong: the CRC may be the disguise."""
-    if member.size > LARGEST:
-        raise Corrupt(f"{quoted(member.name)} takes {member.size:,} bytes, more than {LARGEST:,}")
+    if member.size > min(LARGEST, RATIO * member.packed):
+        raise Corrupt(f"{quoted(member.name)} takes {member.size:,} bytes, inflated from {member.packed:,}; too many")
     raw = b"".join(zips.blocks(fd, member))
     try:
         root = _whole(Machine(Stream(BytesIO(raw), len(raw)), ALLOWED))

@@ -102,11 +102,11 @@ def _entry(path: Path, name: str, info: object, start: int) -> Entry:
     except (TypeError, KeyError, ValueError):
         raise Corrupt(f"{quoted(name)!r} lacks a dtype, a shape or two data_offsets") from None
     numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
         raise Corrupt(f"{quoted(name)!r} has shape {quoted(shape)} and offsets {quoted([begin, end])}")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise Corrupt(f"{quoted(name)!r} has the unknown dtype {quoted(dtype)!r}")
-    if not name or not _encodable(name):
+    if not name or not (name.isascii() or _encodable(name)):
         raise Corrupt(f"{quoted(name)!r} is not a tensor name")
     if math.prod(shape) * BITS[dtype] != (end - begin) * 8:
         raise Corrupt(f"{quoted(name)!r}: {dtype} {quoted(shape)} does not take {end - begin:,} bytes")

@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 from ..errors import Corrupt, Unsafe, quoted
 
-LARGEST = 1 << 26  # bytes of pickle: a hundred thousand tensors take 25 MB
+LARGEST = 1 << 26  # bytes of pickle: fifty thousand tensors take 6 MB, settings beside them may take more
 LONGEST = 1 << 20  # of a line of text
-MOST = 4_000_000  # opcodes: a hundred thousand tensors take 3.5 million
+MOST = 2_500_000  # opcodes: fifty thousand tensors
 WIDEST = 256  # bytes of one integer
+EMPTY = "the pickle is damaged (it takes a value that is not there)"
 HINT = "get a .safetensors version"
 REPR = re.compile(rb"""(?:[^\\]|\\[\\'"nrt]|\\x[0-9a-fA-F]{2})*""")
 DATA = ("argparse", "datetime", "decimal", "enum", "fractions", "pathlib", "types", "uuid")  # stdlib homes of mere data
@@ -92,14 +93,14 @@ class Machine:
 
     def run(self) -> Any:
         """The value at the end of the pickle. Raises Corrupt, or Unsafe for a name that is not allowed."""
+        take = self.stream.take
         try:
             for _ in range(MOST):
-                op = self.stream.take(1)
-                if op == b".":
+                if (op := take(1)) == b".":
                     return self.pop()
-                if op not in STEPS:
+                if (step := STEPS.get(op)) is None:
                     raise Corrupt(f"the pickle is damaged ({op} is no opcode)")
-                STEPS[op](self)
+                step(self)
         except (KeyError, ValueError) as e:
             raise Corrupt(f"the pickle is damaged ({type(e).__name__} {quoted(e)})") from None
         raise Corrupt(f"the pickle has more than {MOST:,} opcodes")
@@ -108,19 +109,22 @@ class Machine:
         self.stack.append(value)
 
     def pop(self) -> Any:
-        return self.pops(1)[0]
+        if not self.stack:
+            raise Corrupt(EMPTY)
+        return self.stack.pop()
 
     def pops(self, n: int) -> list[Any]:
         """The topmost values."""
         if len(self.stack) < n:
-            raise Corrupt("the pickle is damaged (it takes a value that is not there)")
+            raise Corrupt(EMPTY)
         values = self.stack[-n:]
         del self.stack[-n:]
         return values
 
     def top(self) -> Any:
-        self.push(value := self.pop())
-        return value
+        if not self.stack:
+            raise Corrupt(EMPTY)
+        return self.stack[-1]
 
     def mark(self) -> None:
         self.marks.append(self.stack)

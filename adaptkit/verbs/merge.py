@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -82,8 +84,12 @@ def planned(
     max_shard_size: str | int | None = None,
 ) -> Plan:
     """The plan of a merge, with everything checked that can be known without writing."""
-    limit, wanted = size_of(max_shard_size), dtype_of(dtype)
-    checkpoint = open_checkpoint(Path(base))
+    with unhurried():
+        return _planned(Path(base), adapters, weights, dtype_of(dtype), size_of(max_shard_size))
+
+
+def _planned(base: Path, adapters: Any, weights: Sequence[float] | None, wanted: str | None, limit: int | None) -> Plan:
+    checkpoint = open_checkpoint(base)
     read = adapters_of(adapters)
     factors = weights_of(weights, len(read))
     for adapter in read:
@@ -95,6 +101,18 @@ def planned(
     plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
     plan.options = {"verb": "merge", "weights": factors, "dtype": wanted, "max_shard_size": limit}
     return plan
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """Without the cyclic garbage collector, whose rounds over a growing heap make planning quadratic."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from .. import registry
@@ -27,7 +28,12 @@ def plugins() -> list[Plugin]:
 def _described(kind: str, name: str) -> Plugin:
     try:
         package = registry.package(registry.point(kind, name))
-        found = registry.load(kind, name)
-        return Plugin(name, registry.KINDS[kind], package, (found.__doc__ or "").strip().partition("\n")[0])
+        return Plugin(name, registry.KINDS[kind], package, _about(registry.load(kind, name)))
     except AdaptKitError as e:
-        return Plugin(name, registry.KINDS[kind], "?", str(e), broken=True)
+        return Plugin(name, registry.KINDS[kind], ", ".join(registry.owners(kind, name)), str(e), broken=True)
+
+
+def _about(found: type) -> str:
+    """The first line of a class's documentation, or of its module's."""
+    text = found.__doc__ or sys.modules[found.__module__].__doc__ or ""
+    return text.strip().partition("\n")[0]
