@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +52,7 @@ class Workspace:
         self.survival: dict[str, Survival] = {}
         self.zero: dict[str, bool] = {}  # base tensors of which every block looked at is zero
         self.warnings: dict[str, None] = {}
+        self.device: dict[str, Any] = {}  # a stream and pinned buffers, where there is a device
 
     def array(self, role: str, size: int, dtype: np.dtype) -> np.ndarray:
         """A flat array for one role, reused: valid until the role is asked for again."""
@@ -244,7 +246,7 @@ def _blend(rows: np.ndarray, changed: np.ndarray, weight: float) -> None:
     rows[:] = changed if weight == 1 else rows + rows.dtype.type(weight) * (changed - rows)
 
 
-def whole(target: Target) -> np.ndarray:
+def whole(target: Target, device: Any = None) -> np.ndarray:
     """A tensor that cannot be computed by rows, all of it, as a working-precision array of its shape."""
     dtype = working(target.dtype)
     W = load(target.source, dtype).reshape(target.view).copy()
@@ -258,23 +260,18 @@ def whole(target: Target) -> np.ndarray:
                 hint="save the base with the names that the model uses",
             )
         try:
-            changed = _by(change, dtype)(part.copy(), change.loaded(dtype))
+            changed = _by(change, device)(part.copy(), change.loaded(dtype))
         except AdaptKitError as e:
             raise e.at(target.name) from None
         _blend(W[start:stop], np.asarray(changed).reshape(stop - start, -1), change.weight)
     return W.reshape(target.shape)
 
 
-def _by(change: Change, dtype: np.dtype) -> Callable:
+def _by(change: Change, device: Any) -> Callable:
     """The tuner's function, for NumPy arrays: a tuner that needs torch gets tensors, and its answer is taken back."""
     function = getattr(change.tuner, change.what)
-    if change.what == "bias" or change.tuner.arrays == "any":
+    if device is None and (change.what == "bias" or change.tuner.arrays == "any"):
         return function
-    import torch
+    from .device import on_device
 
-    def through_torch(W: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in p.items()}
-        return function(torch.from_numpy(W), tensors).detach().numpy()
-
-    return through_torch
-
+    return on_device(function, device or "cpu")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,23 +43,37 @@ class Shard:
     size: int
 
 
-def shard(name: str, targets: list[Target], **options) -> Shard:
-    """The layout of one file."""
+def shard(name: str, targets: list[Target], device: Any = None, **options: Any) -> Shard:
+    """The layout of one file, and how its tensors are computed."""
     head = header(((t.name, t.dtype, t.shape, t.nbytes) for t in targets), {"format": "pt"})
     starts, at = [], len(head)
     for t in targets:
         starts.append(at)
         at += t.nbytes
-    return Shard(name, head, [Tensor(t, **options) for t in targets], starts, at)
+    return Shard(name, head, [_computed(t, device, **options) for t in targets], starts, at)
+
+
+def _computed(target: Target, device: Any, **options: Any) -> Tensor:
+    if device is None:
+        return Tensor(target, **options)
+    from .device import DeviceTensor
+
+    return DeviceTensor(target, device, **options)
 
 
 class Local:
     """Runs a plan on this machine's cores."""
 
-    def __init__(self, workers: int | None = None, progress: Progress | None = None, allow_nonfinite: bool = False):
+    def __init__(
+        self,
+        workers: int | None = None,
+        progress: Progress | None = None,
+        allow_nonfinite: bool = False,
+        device: Any = None,
+    ):
         self.workers = workers or min(os.cpu_count() or 1, 8)
         self.progress = progress or (lambda n: None)
-        self.allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite, self.device = allow_nonfinite, device
         self._threads, self._hands = threading.local(), []
         self.survival: dict[str, Survival] = {}
         self.zero: dict[str, bool] = {}
@@ -66,7 +81,7 @@ class Local:
 
     def write(self, plan: Plan, out: Output) -> None:
         """Write every file of the plan that is not finished yet."""
-        spill = _Spill(out.partial)
+        spill = _Spill(out.partial, self.device)
         with single_threaded_blas(), ThreadPoolExecutor(self.workers) as pool:
             try:
                 for name, targets in plan.files.items():
@@ -74,7 +89,7 @@ class Local:
                         self.progress(sum(t.nbytes for t in targets))
                         continue
                     ready = [spill.ready(t) for t in targets]
-                    self._file(shard(name, ready, allow_nonfinite=self.allow_nonfinite), out, pool)
+                    self._file(shard(name, ready, self.device, allow_nonfinite=self.allow_nonfinite), out, pool)
             finally:
                 spill.close()
                 pool.shutdown(cancel_futures=True)
@@ -149,14 +164,14 @@ def fill(s: Shard, out: memoryview, at: int, space: Workspace) -> None:
 class _Spill:
     """Tensors that must be computed at once are written to a scratch file, and then copied like any other."""
 
-    def __init__(self, folder: Path):
-        self.path, self.fd, self.size = folder / ".computed", None, 0
+    def __init__(self, folder: Path, device: Any = None):
+        self.path, self.device, self.fd, self.size = folder / ".computed", device, None, 0
 
     def ready(self, target: Target) -> Target:
         if not target.whole:
             return target
         with single_threaded_blas():
-            values = rounded(whole(target), target.dtype)
+            values = rounded(whole(target, self.device), target.dtype)
         return Target(target.name, target.dtype, target.shape, self._entry(target, values), target.view)
 
     def _entry(self, target: Target, values: np.ndarray) -> Entry:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..engines import checks, layout
 from ..engines.blocks import Survival
+from ..engines.device import checked
 from ..engines.draft import draft
 from ..engines.local import Local
 from ..engines.plan import Plan
@@ -126,11 +127,12 @@ def execute(
     progress: Callable[[int, int], None] | None = None,
 ) -> Merged:
     """Write what a plan says."""
-    _possible(device, engine, workers)
+    _possible(engine, workers)
+    where = checked(device)
     checkpoint, total = plan.checkpoint, plan.nbytes
     stamps = checkpoint.stamps()
     done = _Counter(total, progress)
-    local = Local(workers, done, plan.options.get("allow_nonfinite", False))
+    local = Local(workers, done, plan.options.get("allow_nonfinite", False), where)
     inputs = [checkpoint.path, *plan.adapters]
     out = Output(output, plan=plan.fingerprint(), need=total, inputs=inputs, overwrite=overwrite, files=len(plan.files))
     check_pickles(checkpoint)
@@ -150,11 +152,9 @@ def execute(
     return merged
 
 
-def _possible(device: str, engine: str, workers: int | None) -> None:
+def _possible(engine: str, workers: int | None) -> None:
     if engine != "local":
         raise Mismatch(f"engine {engine!r} is not installed", where="--engine", hint="use local")
-    if device not in ("auto", "cpu", "cuda"):
-        raise Usage(f"{device!r} is not one of auto, cpu, cuda", where="--device")
     if workers is not None and workers < 1:
         raise Usage(f"{workers} workers cannot do anything", where="--workers")
 

@@ -38,9 +38,9 @@ class Npz(Format):
         sites = {
             m: {"tuner": s.tuner.name, "settings": s.tuner.settings(), "params": list(s.params)} for m, s in adapter.sites.items()
         }
-        said = {"sites": sites, "whole": list(adapter.whole), "meta": adapter.meta, "about": adapter.about}
+        said = json.dumps({"sites": sites, "whole": list(adapter.whole), "meta": adapter.meta, "about": adapter.about})
         with open(path, "wb") as file:  # given a name, NumPy would put .npz after it
-            np.savez(file, adapter=json.dumps(said), **arrays)
+            np.savez(file, adapter=said, **arrays)
 
 
 def array(value, where):
