@@ -10,8 +10,9 @@ import difflib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import EntryPoint, distributions, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 
 from .errors import AdaptKitError, AdaptKitWarning, Mismatch, quoted
 
@@ -82,6 +83,21 @@ def load(kind: str, name: str) -> type:
     return found
 
 
+@contextlib.contextmanager
+def blamed(kind: str, name: str) -> Iterator[None]:
+    """Around a call into a tuner or format: when a stranger's code fails, the error says whose it is."""
+    try:
+        yield
+    except AdaptKitError:
+        raise
+    except Exception as e:
+        if built_in(kind, name):
+            raise  # a bug of ours
+        whose = ", ".join(owners(kind, name)) or "nobody"
+        why = f"{type(e).__name__}: {quoted(e)}"
+        raise Mismatch(f"{KINDS[kind]} {name!r} of {whose} failed ({why})", hint="tell its author; --debug shows where") from e
+
+
 def _imported(where: EntryPoint, whose: str) -> object:
     """What an entry point leads to. Whatever a stranger's module does on import, we say whose it was."""
     if not where.pattern.match(where.value):
@@ -108,7 +124,7 @@ def _declared(group: str) -> list[EntryPoint]:
         return [p for dist in distributions() for p in _readable(dist, group)]
 
 
-def _readable(dist, group: str) -> list[EntryPoint]:
+def _readable(dist: Distribution, group: str) -> list[EntryPoint]:
     try:
         return list(dist.entry_points.select(group=group))
     except Exception as e:
@@ -118,7 +134,7 @@ def _readable(dist, group: str) -> list[EntryPoint]:
         return []
 
 
-def _text(dist) -> str:
+def _text(dist: Distribution) -> str:
     try:
         return dist.read_text("entry_points.txt") or ""
     except Exception:

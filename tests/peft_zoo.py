@@ -92,7 +92,7 @@ class Kind:
     """One kind of adapter.
 
     formula: whether `reference` knows it.    near: allowed difference from PEFT's outputs, of the largest, for float32 weights.
-    peft_merges: whether PEFT's own merge computes what its forward does.
+    peft_merges: whether PEFT's own merge computes what its forward does.    ends: whether the file holds both ends.
     """
 
     family: str
@@ -101,6 +101,7 @@ class Kind:
     formula: bool = True
     near: float = 2e-6
     peft_merges: bool = True
+    ends: bool | str = "auto"
 
 
 Q_V = ["q_proj", "v_proj"]
@@ -122,7 +123,7 @@ PLAIN = {
     "plain-tied": _lora("llama-tied", [*Q_V, "o_proj"]),
     "plain-gpt2": _lora("gpt2", ["c_attn", "c_proj", "c_fc"], {"fan_in_fan_out": True}),
     "plain-bert": _lora("bert", ["query", "value", "output.dense"], {"task_type": "SEQ_CLS"}),
-    "plain-t5": _lora("t5", ["q", "v", "wi", "wo"]),
+    "plain-t5": _lora("t5", ["q", "v", "wi", "wo"], near=1e-5),
     "plain-vit": _lora("vit", [*Q_V, "fc2"], {"modules_to_save": ["classifier"]}),
     "plain-mixtral": _lora("mixtral", Q_V),
     "plain-opt": _lora("opt", [*Q_V, "fc1", "fc2"]),
@@ -133,7 +134,7 @@ VECTORS = {
     "ia3-tied": _ia3("llama-tied", ["q_proj", "o_proj"], ["up_proj"]),
     "ia3-gpt2": _ia3("gpt2", ["c_attn"], ["mlp.c_proj"]),
     "ia3-bert": _ia3("bert", ["key", "value"], ["output.dense"]),
-    "ia3-t5": _ia3("t5", ["k", "v"], ["wo"]),
+    "ia3-t5": _ia3("t5", ["k", "v"], ["wo"], near=1e-5),
     "ia3-vit": _ia3("vit", ["k_proj", "v_proj"], ["fc2"]),
     "ia3-mixtral": _ia3("mixtral", ["k_proj"], ["o_proj"]),
     "ia3-opt": _ia3("opt", ["k_proj", "v_proj"], ["fc2"]),
@@ -180,7 +181,8 @@ ODD = {
     "embedding-gpt2": _lora("gpt2", ["wte"], peft_merges=False),
     "embedding-neox": _lora("neox", ["embed_in"]),
     "head": _lora("llama", ["lm_head", "v_proj"]),
-    "head-tied": _lora("llama-tied", ["lm_head"], peft_merges=False),
+    "head-tied": _lora("llama-tied", ["lm_head"], peft_merges=False, ends=False),
+    "head-tied-and-base": _lora("llama-tied", ["lm_head"], peft_merges=False),
     "head-neox": _lora("neox", ["lm_head"]),
     "conv": _lora("vit", ["projection"]),
     "experts": _lora("mixtral", [], {"target_parameters": EXPERTS}),
@@ -253,10 +255,11 @@ class Zoo:
 
     def _adapter(self, kind: str, dtype: str, seed: int, file: str) -> Path:
         folder = self.root / "adapters" / f"{kind}-{dtype}-{seed}-{file}"
+        model = self.model(self.base(KINDS[kind].family), KINDS[kind].family)
         torch.manual_seed(100 + seed)
-        model = get_peft_model(self.model(self.base(KINDS[kind].family), KINDS[kind].family), config_of(kind))
+        model = get_peft_model(model, config_of(kind))
         stir(model, seed)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=KINDS[kind].ends)
         weights = folder / "adapter_model.safetensors"
         tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in load_file(weights).items()}
         weights.unlink()

@@ -24,6 +24,8 @@ import pytest
 from faults import inputs, namespaces, running
 from faults.running import QUICK, Ended, ended, finished, run, start, stopped, tree, until
 
+from adaptkit.store import journal
+
 MANIFEST = "adaptkit.json"
 PARALLEL = 2
 needs_mount = pytest.mark.skipif(not namespaces.permitted(), reason="mounting in a namespace of our own is not permitted here")
@@ -183,23 +185,28 @@ def test_kills_while_overwriting_leave_the_old_or_the_new_output(large, tmp_path
     together(job, moments(10, seed=2))
 
 
+DEATHS = ["rename,SIGKILL,{},.safetensors.tmp", "pwrite,SIGKILL,{},.adaptkit.journal", "fsync,SIGKILL,{},out.partial"]
+DEATHS += ["pwrite,SIGKILL,{},.safetensors.tmp", "fsync,SIGKILL,{},.safetensors.tmp"]
+
+
 @pytest.mark.slow
 def test_work_done_never_shrinks_when_every_resume_is_killed_too(tmp_path):
-    """Twenty kills in a row: each run begins with at least the files that the last one finished, and the end is right."""
+    """Twenty kills in a row at random calls: each run begins with all that the last one had finished, and it ends well."""
     many = model(tmp_path / "many", shards=60, hidden=64)
-    place, numbers, counts = at(tmp_path / "place", many), random.Random(3), []
+    place, numbers, done = at(tmp_path / "place", many), random.Random(3), [set()]
     for _ in range(20):
-        process = start(place)
-        until(lambda: finished(place / "out.partial") > set(counts[-1:] and counts[-1]), process)
-        time.sleep(numbers.random() * 0.01)
-        process.kill()
-        ended(process)
-        counts.append(finished(place / "out.partial"))
+        found = run(place, faults=numbers.choice(DEATHS).format(numbers.randint(1, 4)))
+        assert found.code == -signal.SIGKILL
         assert not (place / "out").exists()
-    assert all(a <= b for a, b in zip(counts, counts[1:], strict=False))
-    assert f"{len(counts[-1])} files were there already" in assert_resumes(place, many).out.replace(
-        f"{len(counts[-1]) - 1} files", f"{len(counts[-1])} files"
-    )  # the last file may have had its name and not yet its journal line
+        done.append(journaled(place / "out.partial"))
+        assert done[-2] <= done[-1]
+    assert len(done[-1]) > 10
+    assert f"{len(done[-1])} files were there already" in assert_resumes(place, many).out
+
+
+def journaled(partial: Path) -> set[str]:
+    """Names of the files that count as finished."""
+    return set(journal.read(partial)[1]) if (partial / journal.NAME).exists() else set()
 
 
 # -- interrupted
@@ -221,7 +228,7 @@ def test_signals_at_random_moments_are_answered_at_once(large, tmp_path, sign, c
     def job(k: int, share: float) -> bool:
         place = at(tmp_path / str(k), large)
         found = kill_at(share * 0.8, place, large, sign)
-        if found.code == 0:  # it was quicker
+        if (place / "out").exists():  # it was quicker
             assert tree(place / "out") == large.wanted
             return False
         assert_stopped(found, place, code)
@@ -279,9 +286,9 @@ def test_an_interrupt_after_the_output_has_appeared_does_not_ask_for_another_run
 def test_an_interrupt_on_a_slow_disk_is_answered_within_two_seconds(tmp_path):
     """20 ms for every read, and files large enough that one thread has seconds of work in hand."""
     place = inputs.make(tmp_path, shards=1, hidden=2304)
-    process = start(place, "--workers", "2", faults="preadv,slow,1+")
-    until((place / "out.partial" / ".model-00001-of-00001.safetensors.tmp").exists, process)
-    time.sleep(0.2)
+    process = start(place, "--workers", "1", faults="preadv,slow20,1+")
+    until(lambda: list((place / "out.partial").glob(".*.safetensors.tmp")), process)
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     assert_stopped(ended(process), place, 130)
 
@@ -319,7 +326,8 @@ def test_a_disk_that_fills_up_ends_the_run_and_the_rerun_goes_on(small, tmp_path
 def on_tmpfs(folder: Path, model: Model, options: str):
     """A tmpfs on a folder, with symlinks to the model."""
     folder.mkdir()
-    return namespaces.mounted(folder, f'mount -t tmpfs -o {options} none "$0" && ln -s {model.place}/base {model.place}/lora "$0"')
+    link = f'ln -s {model.place}/base {model.place}/lora "$0"'
+    return namespaces.mounted(folder, f'mount -t tmpfs -o {options} none "$0" && {link}')
 
 
 @pytest.mark.slow
@@ -397,8 +405,9 @@ def test_a_file_size_limit_below_a_shard_is_an_error_in_words(small, tmp_path):
 
 
 FAILING = {
-    "the base cannot be read": ("preadv,EIO,2,00002-of-00004.safetensors", "model-00002-of-00004.safetensors: cannot be read"),
-    "the base can no longer be read": ("preadv,EIO,2+,00003-of-00004.safetensors", "model-00003-of-00004.safetensors: cannot be read"),
+    "a header cannot be read": ("pread,EIO,1,00002-of-00004.safetensors", "model-00002-of-00004.safetensors"),
+    "the base cannot be read": ("preadv,EIO,2,2-of-00004.safetensors", "2-of-00004.safetensors: cannot be read"),
+    "the base can no longer be read": ("preadv,EIO,2+,3-of-00004.safetensors", "3-of-00004.safetensors: cannot be read"),
     "the adapter cannot be read": ("preadv,EIO,1+,adapter_model.safetensors", "adapter_model.safetensors: cannot be read"),
     "a write fails": ("pwrite,EIO,2,.safetensors.tmp", "input/output error"),
     "a journal line fails": ("pwrite,EIO,3,.adaptkit.journal", "input/output error"),
@@ -552,9 +561,13 @@ def replace(path: Path) -> None:
     path.with_name("fresh").rename(path)
 
 
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [1, 3, 4])
-@pytest.mark.parametrize("change", [rewrite, replace, Path.unlink, lambda p: os.truncate(p, 0)], ids=["rewritten", "replaced", "deleted", "emptied"])
+@pytest.mark.parametrize("change", [rewrite, replace, Path.unlink, empty])
 def test_a_base_that_changes_during_the_run_is_noticed(small, tmp_path, change, shard):
     """Size, time and inode are compared at the end, for shards that were read before the change and after it."""
     place = copied(tmp_path, small)
@@ -566,7 +579,7 @@ def test_a_base_that_changes_during_the_run_is_noticed(small, tmp_path, change, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [rewrite, replace], ids=["rewritten", "replaced"])
+@pytest.mark.parametrize("change", [rewrite, replace])
 def test_an_adapter_that_changes_during_the_run_is_noticed(small, tmp_path, change):
     """Training writes the next step over the adapter while it is merged: no half of this and half of that."""
     place = copied(tmp_path, small)
@@ -602,18 +615,35 @@ def test_more_shards_than_file_descriptors_are_merged(tmp_path):
 
 @pytest.mark.slow
 def test_a_limit_on_memory_is_kept_or_named(large, tmp_path):
-    """From the address space that a rehearsal needs upwards: the run finishes, or exits with 6 and nothing half-done."""
+    """64 MB of address space and more beyond what a rehearsal needs: the run finishes, or exits with 6 in words."""
     place = at(tmp_path, large)
-    steps = range(96, 1024, 32)
-    floor = next(mb for mb in steps if run(place, "--dry-run", before=limited(f"-v {mb << 10}")).code == 0)
-    for extra in (0, 16, 32, 64, 128, 256, 512):
+    floor = rehearsal_floor(place)
+    for extra in (64, 96, 128, 256):
         found = run(place, before=limited(f"-v {(floor + extra) << 10}"))
-        assert found.code in (0, 6), (floor, extra, found)
         if found.code:
             assert_failed(found, place, 6, "memory")
         else:
             assert tree(place / "out") == large.wanted
             shutil.rmtree(place / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [0, 16, 32, 48])
+def test_memory_that_ends_inside_a_library_leaves_nothing_half_done(large, tmp_path, extra):
+    """Below that OpenBLAS may end the process by itself: with a line and no output all the same, and the rerun goes on."""
+    place = at(tmp_path, large)
+    found = run(place, before=limited(f"-v {(rehearsal_floor(place) + extra) << 10}"))
+    if found.code:
+        assert found.code > 0  # no signal, no core dump
+        assert len(found.lines) == 1, found.err
+        assert "memory" in found.err.lower()
+        assert not (place / "out").exists()
+        assert_resumes(place, large)
+
+
+def rehearsal_floor(place: Path) -> int:
+    """The MB of address space in which a dry run succeeds."""
+    return next(mb for mb in range(96, 1024, 32) if run(place, "--dry-run", before=limited(f"-v {mb << 10}")).code == 0)
 
 
 @pytest.mark.slow
@@ -626,6 +656,22 @@ def test_of_two_runs_into_one_output_one_wins_and_the_other_says_why(large, tmp_
     assert re.search(r"in use by (pid \d+ on|another run)", found[1].err), found
     assert len(found[1].lines) == 1
     assert tree(place / "out") == large.wanted
+
+
+@pytest.mark.slow
+def test_a_run_that_comes_too_late_does_not_remove_what_the_other_one_works_in(small, tmp_path):
+    """It made OUT.partial, the other run locked it first: the one that is refused leaves the folder alone."""
+    place = at(tmp_path, small)
+    late = start(place, faults=f"fsync,SIGSTOP,1,{tmp_path.name}")  # right after mkdir OUT.partial
+    stopped(late)
+    first = start(place, faults="rename,SIGSTOP,2,.safetensors.tmp")
+    stopped(first)
+    os.kill(late.pid, signal.SIGCONT)
+    assert f"in use by pid {first.pid}" in ended(late).err
+    os.kill(first.pid, signal.SIGCONT)
+    found = ended(first)
+    assert found.code == 0, found.err
+    assert tree(place / "out") == small.wanted
 
 
 @pytest.mark.slow

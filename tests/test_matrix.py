@@ -44,7 +44,8 @@ def cells() -> list[Cell]:
     wide += [(k, "bfloat16", "bfloat16", "sharded-bin") for k in PLAIN | VECTORS]
     odd = [(k, d, "float32", "safetensors") for k in ODD for d in ("float32", "bfloat16")]
     odd += [(k, "float16", "bfloat16", LAYOUTS[i % 3 + 1]) for i, k in enumerate(ODD) if i % 2]
-    return list(dict.fromkeys(full + wide + odd))
+    # this file holds the float32 base's head, which in PEFT is also the embedding: with another base it is another model
+    return [c for c in dict.fromkeys(full + wide + odd) if c[0] != "head-tied-and-base" or c[1] == "float32"]
 
 
 QUICK = (

@@ -301,7 +301,45 @@ def test_a_format_that_fails_while_it_is_asked_does_not_stop_the_others(site: Pa
 
     done = run([str(site)], "inspect", tmp_path / "x.echo", code=4)
 
-    assert "x.echo: no format recognises it" in done.stderr
+    assert "recognises it" in done.stderr
+    assert "bug of ours" not in done.stderr
+
+
+FAILING_TUNER = """
+from dataclasses import dataclass
+from adaptkit import Adapter, Format, Site, Tuner
+
+@dataclass(frozen=True)
+class Fails(Tuner):
+    name = 'fails'
+    arrays = 'any'
+    def weight(self, W, p): return W[p['nothing']]
+
+class Fail(Format):
+    name = 'fail'
+    def sniff(self, path): return path.suffix == '.fail'
+    def read(self, path): return Adapter({'layers.0.lin': Site(Fails(), {})}) if path.stem == 'x' else 1 / 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("x.fail", "layers.0.lin.weight: tuner 'fails' of adaptkit-fails failed (KeyError: 'nothing'); tell its author"),
+        ("y.fail", "format 'fail' of adaptkit-fails failed (ZeroDivisionError: division by zero); tell its author"),
+    ],
+)
+def test_a_bug_of_a_plugin_is_not_called_ours(file: str, said: str, site: Path, tmp_path: Path):
+    """The line says whose code failed, and nothing is left behind."""
+    entry_points = "[adaptkit.tuners]\nfails = fails:Fails\n[adaptkit.formats]\nfail = fails:Fail\n"
+    _package(site, "fails", FAILING_TUNER, entry_points)
+    base, _ = _base(tmp_path)
+    (tmp_path / file).write_text("")
+
+    done = run([str(site)], "merge", base, tmp_path / file, "-o", tmp_path / "out", code=4)
+
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_plugins_means_none(site: Path):
@@ -342,15 +380,17 @@ BUILT_IN = {
     "dora": ({"r": 2}, None),
     "experts": ({"r": 2}, None),
     "bdlora": ({"r": 2}, None),
+    "bdlora of two blocks": ({"r": 2, "blocks": 2}, None),
+    "bdlora of two blocks in B": ({"r": 2, "blocks": 2, "side": "B"}, None),
     "ia3": ({}, None),
     "ia3 on the in side": ({"feedforward": True}, None),
     "tokens": ({}, lambda shape: {"index": np.array([4, 1]), "rows": np.ones((2, shape[1]), "f4") / 3}),
     "prompt": ({}, None),
     "ptuning": ({}, None),
     "prefix": ({}, None),
-    "pissa": ({"r": 2}, None),
-    "olora": ({"r": 2}, None),
-    "kasa": ({"r": 2}, None),
+    "pissa": ({"r": 2}, lambda shape: _factors(shape)),
+    "olora": ({"r": 2}, lambda shape: _factors(shape)),
+    "kasa": ({"r": 2}, lambda shape: {**_factors(shape), "d": np.array([1 / 3, -2], "f4")}),
 }
 
 

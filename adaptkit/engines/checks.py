@@ -55,7 +55,8 @@ def saved_modules(adapter: Adapter, names: list[str]) -> None:
     modules = {n.rpartition(".")[0] for n in names}
     known = prefixes(names)
     have = {d for n in adapter.whole if (d := direct(n, names, known))} | adapter.whole.keys()
-    for wanted in dict.fromkeys(adapter.about.get("modules_to_save") or ()):
+    implied = adapter.about.get("implied_heads") or ()
+    for wanted in [w for w in adapter.about.get("modules_to_save") or () if w not in implied]:
         mine = [m for m in modules if wanted and (m == wanted or m.endswith(f".{wanted}"))]
         if mine and not any(h.rpartition(".")[0] == m or h.startswith(f"{m}.") for h in have for m in mine):
             raise Mismatch(f"modules_to_save names {quoted(wanted)}, but the file lacks its tensors", hint="fetch it again")

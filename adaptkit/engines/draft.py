@@ -94,7 +94,7 @@ def _renamed(d: _Draft, adapter: Adapter, lost: list[str]) -> dict[str, str]:
     heads = adapter.about.get("modules_to_save") or ()
     for name in set(lost) - places.keys():
         path = name.rpartition(".")[0]
-        if any(path == h or path.startswith(f"{h}.") or path.endswith(f".{h}") for h in heads):
+        if any(path.endswith(h) or f".{h}." in f".{path}" for h in heads if h):
             continue  # a head that the base does not have: it is added
         raise Mismatch(f"{quoted(name)} is not in the model, and modules_to_save does not name it")
     return places

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from .. import registry
 from ..adapter import Adapter
-from ..errors import AdaptKitError, Mismatch, Usage
+from ..errors import AdaptKitError, Mismatch, Usage, some
 
 
 class Format(ABC):
@@ -38,7 +38,7 @@ def read(path: Path, name: str | None = None) -> Adapter:
     if not fitting:
         raise _nothing_fits(path)
     if len(fitting) > 1:
-        raise Usage(f"fits {' and '.join(fitting)}", where=path, hint="say which with --from")
+        raise Usage(f"fits {' and '.join(fitting)}", where=path, hint="read it in Python with the format's name")
     adapter = registry.load("formats", fitting[0])().read(path)
     adapter.meta.setdefault("format", fitting[0])
     return adapter
@@ -54,4 +54,6 @@ def _recognises(name: str, path: Path) -> bool:
 def _nothing_fits(path: Path) -> AdaptKitError:
     if path.is_dir() and (path / "config.json").exists():
         return Usage("this is a model, not an adapter", where=path, hint="give the base model first, then the adapter")
-    return Mismatch(f"no format recognises it ({', '.join(registry.names('formats'))})", where=path, hint="say which with --from")
+    seen = f"it holds {some(sorted(p.name for p in path.iterdir()))}" if path.is_dir() else f"it ends in {path.suffix or 'nothing'}"
+    installed = ", ".join(registry.names("formats"))
+    return Mismatch(f"no installed format ({installed}) recognises it; {seen}", where=path, hint="convert it to PEFT's format")

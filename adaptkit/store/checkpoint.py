@@ -128,6 +128,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if os.fstat(fd).st_size > LARGEST_JSON:
             raise Corrupt(f"larger than {LARGEST_JSON:,} bytes", where=path.name)
         raw = f.read()
+    if raw.startswith(b"version https://git-lfs"):
+        raise Corrupt("this is a git-lfs pointer, not the file", where=path.name, hint="run: git lfs pull")
     try:
         # json guesses UTF-16 by itself; the format is UTF-8
         found = safetensors.load_json(raw.removeprefix(b"\xef\xbb\xbf").decode())

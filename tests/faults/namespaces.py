@@ -45,7 +45,7 @@ class Mounted:
 def mounted(folder: Path, mount: str) -> Iterator[Mounted]:
     """`mount` is the shell command that mounts something on "$0"."""
     keeper = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f'{mount} && echo ready && read end', str(folder)],
+        ["unshare", "-m", "sh", "-c", f"{mount} && echo ready && read end", str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

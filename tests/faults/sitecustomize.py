@@ -2,7 +2,7 @@
 
 FAULTS is a list of  call,what,when,path  separated by semicolons, such as  pwrite,EIO,2+,.safetensors.tmp
     call: a function of the os module, or `import`.     when: the how-manieth such call, with + for all from there on.
-    what: an errno, a signal that the process gets before the call, `short` (1000 bytes are written) or `slow` (20 ms).
+    what: an errno, a signal that the process gets before the call, `short` (1000 bytes are written) or `slow20` (ms).
     path: how the path of the call's first argument ends, or the name of the module.
 """
 
@@ -35,8 +35,8 @@ class Fault:
         """The arguments that the real call gets, if it is made at all."""
         if self.what.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.what))
-        elif self.what == "slow":
-            time.sleep(0.02)
+        elif self.what.startswith("slow"):
+            time.sleep(int(self.what[4:]) / 1000)
         elif self.what == "short":
             return args[0], memoryview(args[1])[:1000], *args[2:]
         else:

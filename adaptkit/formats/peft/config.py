@@ -96,7 +96,7 @@ LORA: dict[str, Check] = {
     "lora_dropout": _number, "megatron_config": _settings, "megatron_core": _text, "ensure_weight_tying": _flag,
 }  # fmt: skip
 # keys of old versions that changed nothing once the file was written
-RETIRED: dict[str, Check] = {"merge_weights": _flag, "postprocess_past_key_value_function": _anything}
+RETIRED: dict[str, Check] = {"merge_weights": _flag, "enable_lora": _anything, "postprocess_past_key_value_function": _anything}
 SCHEMAS: dict[str, dict[str, Check]] = {
     "LORA": COMMON | TARGETS | LORA | RETIRED,
     "IA3": COMMON | TARGETS | RETIRED | {"feedforward_modules": _names, "init_ia3_weights": _flag},
@@ -129,6 +129,10 @@ def _check(config: dict[str, Any]) -> None:
     if _depth(config) > DEEPEST:
         raise Corrupt("nested too deep")
     kind = config.get("peft_type")
+    if kind is None and (other := _whose(config)):
+        raise Mismatch(f"these are the settings of {other}, not of PEFT", hint="convert the adapter to PEFT's format first")
+    if kind is None:
+        raise Corrupt("does not say peft_type", hint="is it a PEFT adapter?")
     if not isinstance(kind, str):
         raise Corrupt(f"peft_type is {quoted(kind)}, a name is expected", hint="is it a PEFT adapter?")
     if kind not in SCHEMAS:
@@ -137,10 +141,18 @@ def _check(config: dict[str, Any]) -> None:
     _unknown(config, SCHEMAS[kind])
     if kind == "LORA":
         _lora(config)
+    _heads(config)
     for key, value in DEFAULTS.get(kind, {}).items():
         if key not in config:
             warn(f"adapter_config.json does not say {key}; PEFT's default {value} is taken")
             config[key] = value
+
+
+def _whose(config: dict[str, Any]) -> str | None:
+    """The program that writes such settings, for those that use the same file name."""
+    marks = {"MLX": ("fine_tune_type", "lora_parameters"), "AdapterHub": ("model_class", "model_type", "hidden_size")}
+    marks |= {"MLX ": ("lora_layers",), "AdapterHub ": ("config", "model_name"), "transformers (a model)": ("architectures",)}
+    return next((name.strip() for name, keys in marks.items() if all(k in config for k in keys)), None)
 
 
 def _types(config: dict[str, Any], schema: dict[str, Check]) -> None:
@@ -163,6 +175,7 @@ REFUSED = {
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens, so no merged weight does the same",
     "arrow_config": "Arrow routes between adapters at run time, so no merged weight does the same",
     "use_qalora": "QALoRA is defined on GPTQ's groups, so it has no weight to merge into",
+    "enable_lora": "PEFT 0.2 packed fused projections as grouped convolutions, which nothing reads today",
     "megatron_config": "Megatron's layers are split over devices, which is not supported",
 }
 BASE_CHANGED = {
@@ -192,6 +205,17 @@ def _lora(config: dict[str, Any]) -> None:
         raise Mismatch(f"init_lora_weights {start!r} started from random numbers that the file does not hold", hint=hint)
     if isinstance(config.get("target_modules"), str):
         fullmatches(config["target_modules"], [])
+
+
+# PEFT saves these with an adapter for such a task, whatever modules_to_save says
+HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+def _heads(config: dict[str, Any]) -> None:
+    """Put the heads that the task implies beside those that modules_to_save names; `implied_heads` tells them apart."""
+    named = list(dict.fromkeys(config.get("modules_to_save") or []))
+    config["implied_heads"] = [h for h in HEADS.get(config.get("task_type") or "", []) if h not in named]
+    config["modules_to_save"] = named + config["implied_heads"]
 
 
 def _depth(value: Any, limit: int = DEEPEST + 1) -> int:

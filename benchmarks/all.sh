@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that is measured, and the tests that need a GPU where there is one. Prints Markdown.
+#   bash benchmarks/all.sh [PYTHON]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-.venv/bin/python}
+if command -v nvidia-smi >/dev/null; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+  "$python" -m pytest -q -m gpu tests
+fi
+"$python" benchmarks/start.py
+"$python" benchmarks/merge.py --large
