@@ -129,8 +129,8 @@ def _readable(dist: Distribution, group: str) -> list[EntryPoint]:
         return list(dist.entry_points.select(group=group))
     except Exception as e:
         if group in _text(dist):
-            text = f"the entry points of {dist.name or '?'} cannot be read ({type(e).__name__}); what it adds to {group} is ignored"
-            warnings.warn(text, AdaptKitWarning, stacklevel=2)
+            why = f"cannot be read ({type(e).__name__}); what it adds to {group} is ignored"
+            warnings.warn(f"the entry points of {dist.name or '?'} {why}", AdaptKitWarning, stacklevel=2)
         return []
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as lora_configs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -141,7 +143,9 @@ VECTORS = {
     "ia3-neox": _ia3("neox", ["query_key_value"], ["dense_4h_to_h"]),
     "ia3-conv": _ia3("vit", ["projection"], []),
     "ia3-conv-feedforward": _ia3("vit", [], ["projection"]),
-    "ia3-saved": Kind("llama", {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]}, ia3=True),
+    "ia3-saved": Kind(
+        "llama", {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]}, ia3=True
+    ),
 }
 ODD = {
     "rslora": _lora("llama", Q_V, {"use_rslora": True}),
@@ -191,7 +195,8 @@ ODD = {
     "experts-down": _lora("mixtral", [], {"target_parameters": EXPERTS[1:], "use_rslora": True}),
     "experts-router": _lora("mixtral", [], {"target_parameters": ["mlp.gate.weight"]}),
     "experts-patterns": _lora(
-        "mixtral", [], {"target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}}
+        "mixtral", [],
+        {"target_parameters": EXPERTS, "rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}},
     ),
     "layers": _lora("llama", Q_V, {"layers_to_transform": [1]}),
     "layers-pattern": _lora("gpt2", ["c_attn"], {"layers_to_transform": 0, "layers_pattern": "h", "fan_in_fan_out": True}),
@@ -312,12 +317,9 @@ def config_of(kind: str) -> Any:
     """A fresh PEFT config: PEFT changes the one it is given."""
     k = KINDS[kind]
     settings = {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in k.config.items()}
-    if "kasa_config" in settings or "velora_config" in settings or "use_bdlora" in settings:
-        from peft.tuners.lora import config as c
-
-        for name, cls in (("kasa_config", "KasaConfig"), ("velora_config", "VeloraConfig"), ("use_bdlora", "BdLoraConfig")):
-            if name in settings:
-                settings[name] = getattr(c, cls)(**settings[name])
+    for name, cls in (("kasa_config", "KasaConfig"), ("velora_config", "VeloraConfig"), ("use_bdlora", "BdLoraConfig")):
+        if name in settings:
+            settings[name] = getattr(lora_configs, cls)(**settings[name])
     return (IA3Config if k.ia3 else LoraConfig)(**settings)
 
 
@@ -353,100 +355,107 @@ def logits(model: nn.Module, family: str) -> np.ndarray:
 
 def _pickled(folder: Path) -> None:
     """The weights of a folder as PyTorch files, the way older programs wrote them."""
+
+    def renamed(name: str) -> str:
+        return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
     for file in sorted(folder.glob("*.safetensors")):
-        name = file.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
-        torch.save(load_file(file), folder / name)
+        torch.save(load_file(file), folder / renamed(file.name))
         file.unlink()
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = json.loads(index.read_text())
-        names = {k: v.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin") for k, v in table["weight_map"].items()}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(table | {"weight_map": names}))
+        table["weight_map"] = {k: renamed(v) for k, v in table["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(table))
         index.unlink()
 
 
 # -- the mathematics again, from the adapter's file, in float64
 
+PART = re.compile(
+    r"(.*?)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l"
+    r"|token_adapter\.trainable_tokens_delta|lora_velora_embed.*)"
+)
+Tensors = dict[str, Tensor]
 
-def reference(kind: str, base: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+
+def reference(kind: str, base: Tensors, folder: Path) -> Tensors:
     """The tensors that an adapter changes, by parameter name, in float64. base: the model's state dict."""
-    import re
-
-    config = json.loads((folder / "adapter_config.json").read_text())
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file) if file.exists() else torch.load(folder / "adapter_model.bin", weights_only=True)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"family": KINDS[kind].family}
     W = {n: t.double() for n, t in base.items() if t.is_floating_point()}
-    out: dict[str, Tensor] = {}
-    sites: dict[str, dict[str, Tensor]] = {}
-    for name, t in tensors.items():
+    out: Tensors = {}
+    sites: dict[str, Tensors] = {}
+    for name, t in load_file(folder / "adapter_model.safetensors").items():
         name = name.removeprefix("base_model.model.")
-        found = re.fullmatch(
-            r"(.*?)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l"
-            r"|token_adapter\.trainable_tokens_delta|lora_velora_embed.*)",
-            name,
-        )
-        if found:
+        if found := PART.fullmatch(name):
             sites.setdefault(found[1], {})[found[2]] = t.double()
         else:
             out[name.replace(".base_layer.", ".")] = t.double()
     for path, parts in sites.items():
-        _site(config, path, parts, W, out, KINDS[kind].family)
+        parameter = _parameter(config, path, W)
+        path = path.replace(".base_layer", "")
+        out |= _site(config, path, parameter, parts, W | out)
     return out
 
 
-def _site(config: dict, path: str, p: dict[str, Tensor], W: dict[str, Tensor], out: dict[str, Tensor], family: str) -> None:
-    inner = path.count(".base_layer")
-    path = path.replace(".base_layer", "")
-    name = f"{path}.weight"
-    if config.get("target_parameters") and name not in W:
-        leaves = [n for n in ("gate_up_proj", "down_proj") if any(t.endswith(n) for t in config["target_parameters"])]
-        name = path = f"{path}.{leaves[-1 - inner]}"
-    elif config.get("target_parameters") and any(t.endswith("gate.weight") for t in config["target_parameters"]) and path.endswith("gate"):
-        path = name
-    weight = out.get(name, W[name])
-    bias = f"{path}.bias"
+def _parameter(config: dict, path: str, W: Tensors) -> str:
+    """The parameter behind a path: of two stacks of experts, the first is wrapped inside the second."""
+    inner, path = path.count(".base_layer"), path.replace(".base_layer", "")
+    if f"{path}.weight" in W:
+        return f"{path}.weight"
+    leaves = [n for n in ("gate_up_proj", "down_proj") if any(t.endswith(n) for t in config["target_parameters"])]
+    return f"{path}.{leaves[-1 - inner]}"
+
+
+def _site(config: dict, path: str, parameter: str, p: Tensors, W: Tensors) -> Tensors:
+    turned = config["family"] == "gpt2" and path.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
     if "token_adapter.trainable_tokens_delta" in p:
-        index = config["trainable_token_indices"]
-        weight = weight.clone()
-        weight[index if isinstance(index, list) else next(iter(index.values()))] = p["token_adapter.trainable_tokens_delta"]
-        out[name] = weight
-        return
-    turned = family == "gpt2" and path.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
+        return {parameter: _rows(config, p["token_adapter.trainable_tokens_delta"], W[parameter])}
     if "ia3_l" in p:
-        l = p["ia3_l"]
-        if l.shape[0] != 1 and bias in W and l.dim() == 2 or (l.dim() == 4 and l.shape[1] == W[name].shape[0] and _attention(config, path)):
-            out[bias] = W[bias] * l.reshape(-1)
-        if l.dim() == 4 and _attention(config, path):
-            l = l.reshape(-1, 1, 1, 1)
-        out[name] = weight * (l.T if turned else l)
-        return
-    r, s = _scale(config, path)
-    A, B = _factors(config, path, p)
+        return _vector(config, path, p["ia3_l"].reshape(-1), W, turned)
+    return _factors(config, path, parameter, p, W, turned or "lora_embedding_A" in p)
+
+
+def _rows(config: dict, rows: Tensor, weight: Tensor) -> Tensor:
+    index = config["trainable_token_indices"]
+    weight = weight.clone()
+    weight[index if isinstance(index, list) else next(iter(index.values()))] = rows
+    return weight
+
+
+def _vector(config: dict, path: str, l: Tensor, W: Tensors, turned: bool) -> Tensors:
+    """l times each output, its bias included, or times each input."""
+    weight, bias = f"{path}.weight", f"{path}.bias"
+    inputs = any(path.endswith(f) for f in config["feedforward_modules"])
+    shape = [1] * W[weight].dim()
+    shape[int(inputs != turned)] = -1
+    changed = {weight: W[weight] * l.reshape(shape)}
+    return changed | ({bias: W[bias] * l} if bias in W and not inputs else {})
+
+
+def _factors(config: dict, path: str, parameter: str, p: Tensors, W: Tensors, turned: bool) -> Tensors:
+    weight = W[parameter]
+    named = path if parameter == f"{path}.weight" and not config.get("target_parameters") else parameter
+    r, s = _scale(config, named)
+    A, B = _dense(config, path, p)
     if weight.dim() == 3:
-        experts = weight.shape[0]
-        out[name] = torch.stack([weight[e] + s * B[:, e::experts] @ A[e * r : (e + 1) * r] for e in range(experts)])
-        return
-    embedding = "lora_embedding_A" in p
+        n = weight.shape[0]
+        return {parameter: torch.stack([weight[e] + s * B[:, e::n] @ A[e * r : (e + 1) * r] for e in range(n)])}
     D = s * (B.flatten(1) @ A.flatten(1))
-    D = D.T if turned or embedding else D
-    V = weight + D.reshape(weight.shape)
+    V = weight + (D.T if turned else D).reshape(weight.shape)
     if "lora_magnitude_vector" in p:
-        m = p["lora_magnitude_vector"].reshape(-1)
-        rows = V.T if turned or embedding else V.flatten(1)
-        rows = m[:, None] * rows / rows.norm(dim=1, keepdim=True)
-        V = (rows.T if turned or embedding else rows).reshape(V.shape)
-    out[name] = V
-    if "lora_B.bias" in p:
-        out[bias] = W[bias] + s * p["lora_B.bias"]
+        V = _normed(V, p["lora_magnitude_vector"].reshape(-1), turned)
+    bias = f"{path}.bias"
+    return {parameter: V} | ({bias: W[bias] + s * p["lora_B.bias"]} if "lora_B.bias" in p else {})
 
 
-def _attention(config: dict, path: str) -> bool:
-    return not any(path.endswith(f) for f in config["feedforward_modules"])
+def _normed(V: Tensor, m: Tensor, turned: bool) -> Tensor:
+    rows = V.T if turned else V.flatten(1)
+    rows = m[:, None] * rows / rows.norm(dim=1, keepdim=True)
+    return (rows.T if turned else rows).reshape(V.shape)
 
 
 def _scale(config: dict, path: str) -> tuple[int, float]:
-    import re
-
     def found(patterns: dict, default: float) -> float:
         return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", path)), default)
 
@@ -454,7 +463,7 @@ def _scale(config: dict, path: str) -> tuple[int, float]:
     return r, alpha / (r**0.5 if config["use_rslora"] else r)
 
 
-def _factors(config: dict, path: str, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _dense(config: dict, path: str, p: Tensors) -> tuple[Tensor, Tensor]:
     if "lora_embedding_A" in p:
         return p["lora_embedding_A"], p["lora_embedding_B"]
     A, B = p["lora_A.weight"], p["lora_B.weight"]

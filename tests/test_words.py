@@ -140,6 +140,7 @@ def test_a_quick_command_imports_nothing_slow(name: str):
         "print(code, sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()), file=sys.stderr)"
     )
     env = {**os.environ, "ADAPTKIT_NO_PLUGINS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(LIGHT[name])], capture_output=True, text=True, env=env, timeout=60)
+    command = [sys.executable, "-c", code, json.dumps(LIGHT[name])]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
 
     assert done.stderr.splitlines()[-1] == "0 []", done.stderr

@@ -23,6 +23,7 @@ class Tuner(ABC):
 
     name: ClassVar[str]
     arrays: ClassVar[str] = "torch"  # what `weight` computes with: "any" or "torch"
+    noise: ClassVar[float] = 1.0  # float32 roundings that a sound float32 program may be away from the exact weight
     follows: ClassVar[bool] = True  # may come after another adapter's change of the same weight
 
     def init(self, base: Any) -> Params:

@@ -19,6 +19,7 @@ class DoRA(LoRA):
     """W' = m * V / |V|     V = W + s B A     m: (out,)"""
 
     name = "dora"
+    noise = 8.0  # W and D may cancel before they are divided by the norm
     follows = False  # its norm is that of the unchanged base weight
 
     def init(self, base: Any) -> Params:

@@ -18,6 +18,7 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class _Spectral(LoRA):
+    noise = 512.0  # two float32 decompositions agree no better
     follows = False  # the start was computed from the unchanged base weight
 
     def removed(self, W: Array) -> Array:

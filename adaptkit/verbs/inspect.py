@@ -58,7 +58,9 @@ def _adapter(path: Path, adapter: Adapter) -> Inspected:
     values = [v for s in adapter.sites.values() for v in s.params.values()] + list(adapter.whole.values())
     values = [v for v in values if isinstance(v, Entry)]
     kinds = Counter(s.tuner.name for s in adapter.sites.values())
-    about = adapter.about
+    implied = adapter.about.get("implied_heads") or []
+    about = dict(adapter.about)
+    about["modules_to_save"] = [m for m in about.get("modules_to_save") or [] if m not in implied]
     return Inspected(
         path=str(path),
         kind=" + ".join(kinds) or "whole tensors",

@@ -64,7 +64,7 @@ def _inverse(adapter: Adapter, weight: float) -> Adapter:
 
 
 def _undo(site: Site, weight: float) -> Site:
-    params = {k: load(v, "f4") for k, v in site.params.items()} if _needs_numbers(site) else dict(site.params)
+    params = {k: load(v, "f8") for k, v in site.params.items()} if _needs_numbers(site) else dict(site.params)
     if weight != 1 and _needs_numbers(site):
         raise Mismatch(f"{site.tuner.name} merged with a weight other than 1 cannot be taken out")
     tuner, params = site.tuner.inverse(params)

@@ -175,7 +175,8 @@ class _Tally:
         distance = np.abs(a - b)
         distance[np.isnan(a) & np.isnan(b) | (a == b)] = 0
         # a sum made in float32 differs by more than its last bit where terms cancel: a floor at the tensor's own scale
-        floor = np.abs(a).mean() * eps
+        noise = max((c.tuner.noise for c in self.target.changes), default=1.0)
+        floor = np.abs(a).mean() * max(eps, noise * EPS["F32"])
         far = ~(distance <= STEPS * (np.maximum(np.abs(a), np.abs(b)) * eps + floor))
         self.different += int((distance != 0).sum())
         self.far += int(far.sum())

@@ -141,7 +141,6 @@ def _check(config: dict[str, Any]) -> None:
     _unknown(config, SCHEMAS[kind])
     if kind == "LORA":
         _lora(config)
-    _heads(config)
     for key, value in DEFAULTS.get(kind, {}).items():
         if key not in config:
             warn(f"adapter_config.json does not say {key}; PEFT's default {value} is taken")
@@ -178,6 +177,7 @@ REFUSED = {
     "enable_lora": "PEFT 0.2 packed fused projections as grouped convolutions, which nothing reads today",
     "megatron_config": "Megatron's layers are split over devices, which is not supported",
 }
+HINTS = {"enable_lora": "load it with PEFT 0.2, or train it again"}
 BASE_CHANGED = {
     "loftq": "LoftQ re-quantised the base",
     "corda": "CorDA changed the base by data that the file does not hold",
@@ -190,7 +190,7 @@ def _lora(config: dict[str, Any]) -> None:
         raise Corrupt(f"r is {config['r']:,}, which no adapter has")
     for key, why in REFUSED.items():
         if config.get(key):
-            raise Mismatch(f"{key}: {why}", hint="serve it as an adapter")
+            raise Mismatch(f"{key}: {why}", hint=HINTS.get(key, "serve it as an adapter"))
     if (config.get("megatron_core") or "megatron.core") != "megatron.core":
         raise Mismatch(f"megatron_core is {quoted(config['megatron_core'])}; no module named by a file is imported")
     start = config.get("init_lora_weights", True)
@@ -211,11 +211,11 @@ def _lora(config: dict[str, Any]) -> None:
 HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
-def _heads(config: dict[str, Any]) -> None:
-    """Put the heads that the task implies beside those that modules_to_save names; `implied_heads` tells them apart."""
+def with_heads(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings, with the heads that the task implies among modules_to_save; `implied_heads` tells them apart."""
     named = list(dict.fromkeys(config.get("modules_to_save") or []))
-    config["implied_heads"] = [h for h in HEADS.get(config.get("task_type") or "", []) if h not in named]
-    config["modules_to_save"] = named + config["implied_heads"]
+    implied = [h for h in HEADS.get(config.get("task_type") or "", []) if h not in named]
+    return {**config, "modules_to_save": named + implied, "implied_heads": implied}
 
 
 def _depth(value: Any, limit: int = DEEPEST + 1) -> int:

@@ -17,7 +17,7 @@ from ...store.checkpoint import read_weights, warn
 from ...store.entry import Entry
 from ..base import Format
 from . import build
-from .config import read_config
+from .config import read_config, with_heads
 from .keys import Key, is_attention_output, parse
 from .patterns import unmatched
 
@@ -71,8 +71,8 @@ def assemble(config: dict[str, Any], entries: dict[str, Entry]) -> Adapter:
         raise Mismatch("holds no tensors", hint="was it saved from a sharded run? then the numbers are in the shards")
     _dtypes(entries)
     modules, whole = _group(entries)
-    adapter = Adapter(about=config)
-    adapter.meta["peft:config"] = json.dumps(config, sort_keys=True)
+    adapter = Adapter(meta={"peft:config": json.dumps(config, sort_keys=True)})
+    adapter.about = config = with_heads(config)
     if config["peft_type"] in build.VIRTUAL:
         adapter.sites[""] = build.virtual(config, modules.pop(("", 0), {}))
         _nothing_left(config, modules, {})
