@@ -143,6 +143,10 @@ VECTORS = {
     "ia3-neox": _ia3("neox", ["query_key_value"], ["dense_4h_to_h"]),
     "ia3-conv": _ia3("vit", ["projection"], []),
     "ia3-conv-feedforward": _ia3("vit", [], ["projection"]),
+    "ia3-square": _ia3("llama", ["o_proj"], ["q_proj"]),
+    "ia3-regex": Kind(
+        "llama", {"target_modules": r".*\.(k_proj|down_proj)", "feedforward_modules": r".*\.down_proj"}, ia3=True, formula=False
+    ),
     "ia3-saved": Kind(
         "llama", {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]}, ia3=True
     ),
@@ -214,6 +218,35 @@ ODD = {
     ),
     "mica": _lora("llama", Q_V, {"init_lora_weights": "mica"}),
     "gaussian": _lora("llama", Q_V, {"init_lora_weights": "gaussian"}),
+    "dora-embedding-tied": _lora("llama-tied", ["model.embed_tokens"], {"use_dora": True}, peft_merges=False),
+    "saved-embedding-tied": _lora("llama-tied", Q_V, {"modules_to_save": ["embed_tokens"]}, peft_merges=False),
+    "saved-ends-tied": _lora("llama-tied", Q_V, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, peft_merges=False),
+    "targeted-ends-tied": _lora(
+        "llama-tied", ["q_proj", "lm_head"], {"ensure_weight_tying": True}, formula=False, peft_merges=False, ends=False
+    ),
+    "tokens-of-both-ends": _lora(
+        "llama-tied", Q_V, {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3, 4]}}, formula=False, peft_merges=False
+    ),
+    "tokens-of-the-head": _lora("llama", Q_V, {"trainable_token_indices": {"lm_head": [3, 4]}}),
+    "tokens-opt": _lora("opt", Q_V, {"trainable_token_indices": [5, 6]}),
+    "embedding-opt": _lora("opt", ["model.decoder.embed_tokens"], peft_merges=False),
+    "embedding-bert": _lora("bert", ["word_embeddings", "position_embeddings"]),
+    "embedding-t5-positions": _lora("t5", ["relative_attention_bias"], near=1e-5),
+    "saved-experts": _lora("mixtral", ["q_proj"], {"modules_to_save": ["mlp.experts"]}),
+    "saved-norm-vit": _lora("vit", ["q_proj"], {"modules_to_save": ["layernorm_before", "classifier"]}),
+    "all-linear-mixtral": _lora("mixtral", "all-linear", formula=False),
+    "router-and-experts": _lora("mixtral", ["q_proj"], {"target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj"]}),
+    "parameter-of-a-linear": _lora("llama", [], {"target_parameters": ["q_proj.weight"]}),
+    "parameter-of-a-conv1d": _lora("gpt2", [], {"target_parameters": ["c_attn.weight"]}, formula=False),
+    "fan-in-fan-out-off": _lora("gpt2", ["c_attn", "c_proj"]),
+    "fan-in-fan-out-on": _lora("llama", Q_V, {"fan_in_fan_out": True}),
+    "bias-all-gpt2": _lora("gpt2", ["c_attn"], {"bias": "all", "fan_in_fan_out": True}),
+    "pissa-patterns": _lora(
+        "llama", Q_V, {"init_lora_weights": "pissa", "lora_alpha": 3, "rank_pattern": {"1.self_attn.q_proj": 2}}, **SPECTRAL
+    ),
+    "pissa-dora": _lora("llama", Q_V, {"init_lora_weights": "pissa", "use_dora": True}, **SPECTRAL),
+    "olora-dora": _lora("llama", Q_V, {"init_lora_weights": "olora", "use_dora": True}, **SPECTRAL),
+    "pissa-embedding": _lora("llama", ["model.embed_tokens"], {"init_lora_weights": "pissa"}),
     "velora": _lora("llama", Q_V, {"velora_config": {"num_groups": 4}}),
 }  # fmt: skip
 KINDS = PLAIN | VECTORS | ODD

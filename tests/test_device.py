@@ -38,7 +38,7 @@ def _blocks(plan, device, folder: Path) -> dict[str, np.ndarray]:
     space, out = local.Workspace(), {}
     spill = local._Spill(folder, device)
     for name, targets in plan.files.items():
-        shard = local.shard(name, [spill.ready(t) for t in targets], device)
+        shard = local.shard(name, [spill.ready(t) for t in targets], {}, device)
         data = bytearray(shard.size)
         local.fill(shard, memoryview(data), 0, space)
         path = folder / f"{device}-{name}"

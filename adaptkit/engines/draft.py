@@ -54,7 +54,7 @@ def draft(
     refuse_quantised(checkpoint)
     checks.config(checkpoint)
     entries, config = replicated(checkpoint.entries, config, adapters)
-    ends = Ends(config, entries)
+    ends = Ends(config, entries, layout.notes(checkpoint))
     stored = WORDS.get(dtype or "", None)
     d = _Draft(checkpoint, config, entries, stored, {}, ends)
     entries, d.config = ends.prepared(adapters, config)
@@ -73,7 +73,8 @@ def draft(
     files = layout.files(checkpoint, d.targets, max_shard_size)
     new_config = d.config if d.config != checkpoint.config else None
     extras = list(checkpoint.extras())
-    return Plan(checkpoint, files, new_config, ends.tokenizer(extras, d.targets, adapters))
+    extras = ends.tokenizer(extras, d.targets, adapters)
+    return Plan(checkpoint, files, new_config, extras, metadata=layout.metadata(checkpoint, files))
 
 
 def _whole(d: _Draft, adapter: Adapter, weight: float) -> None:

@@ -33,14 +33,25 @@ TOKENIZER = (
 class Ends:
     """The ends of one checkpoint, and what the adapters do to them."""
 
-    def __init__(self, config: dict[str, Any], entries: dict[str, Entry]):
-        self.config, self.entries = config, entries
-        self.embedding = _named(entries, EMBEDDINGS)
-        self.head = _named(entries, HEADS)
+    def __init__(self, config: dict[str, Any], entries: dict[str, Entry], notes: dict[str, str]):
+        """notes: the files' own metadata, where safetensors' save_model says which tied tensor it left out."""
+        self.config, self.entries = config, _embedding_kept(entries, notes)
+        self.embedding = _named(self.entries, EMBEDDINGS)
+        self.head = _named(self.entries, HEADS)
         self.head_name = self.head or "lm_head.weight"
         self.tied = self._is_tied()
         self.same: set[int] = set()  # adapters that change both tied ends alike
         self.resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._share()
+
+    def _share(self) -> None:
+        """Let tied ends that are one storage in a PyTorch file stay one tensor: the model ties them again."""
+        kept = self.entries.get(self.embedding or "")
+        for name, e in list(self.entries.items()) if self.tied and kept else []:
+            alias = (e.file, e.offset, e.shape, e.packed) == (kept.file, kept.offset, kept.shape, kept.packed)
+            if alias and name != self.embedding and (name == self.head or name.endswith("embed_tokens.weight")):
+                del self.entries[name]
+        self.head = self.head if self.head in self.entries else None
 
     def _is_tied(self) -> bool:
         said = [c["tie_word_embeddings"] for c in _configs(self.config) if "tie_word_embeddings" in c]
@@ -155,6 +166,18 @@ class Ends:
 
 
 LABELS = ("classifier", "score", "qa_outputs", "out_proj", "classification_head")
+
+
+def _embedding_kept(entries: dict[str, Entry], notes: dict[str, str]) -> dict[str, Entry]:
+    """The entries, with the embedding in the place of a head that was kept instead of it.
+
+    Of two tied tensors save_model keeps the first by name, "lm_head.weight", and notes the other. transformers keeps the
+    embedding, and everything here counts on that.
+    """
+    for name, kept in notes.items():
+        if name.endswith(tuple(f"{e}.weight" for e in EMBEDDINGS)) and kept in entries and name not in entries:
+            return {(name if n == kept else n): (replace(e, name=name) if n == kept else e) for n, e in entries.items()}
+    return dict(entries)
 
 
 def _labels(targets: dict[str, Target], config: dict[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:

@@ -50,6 +50,24 @@ def _filled(targets: list[Target], limit: int) -> dict[str, list[Target]]:
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": held for i, held in enumerate(shards, 1)}
 
 
+def notes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata of all files of a checkpoint."""
+    return {k: v for found in checkpoint.metadata.values() for k, v in found.items()}
+
+
+def metadata(checkpoint: Checkpoint, files: dict[str, list[Target]]) -> dict[str, dict[str, str]]:
+    """What each output file says of itself: what the base's files said, less what is no longer true.
+
+    safetensors' save_model notes tied tensors it left out, as "lm_head.weight": "model.embed_tokens.weight".
+    """
+    held = {t.name for targets in files.values() for t in targets}
+    said = notes(checkpoint)
+    # a tied pair may be noted either way round; the one that is here now is the one that is kept
+    turned = {v: k for k, v in said.items() if k in held and v not in held and v in checkpoint.entries}
+    kept = {k: v for k, v in said.items() if k not in held} | turned
+    return {name: {**kept, "format": kept.get("format", "pt")} for name in files}
+
+
 def index(files: dict[str, list[Target]]) -> dict | None:
     """model.safetensors.index.json, None for a single file."""
     if len(files) == 1:

@@ -43,9 +43,9 @@ class Shard:
     size: int
 
 
-def shard(name: str, targets: list[Target], device: Any = None, **options: Any) -> Shard:
+def shard(name: str, targets: list[Target], metadata: dict[str, str], device: Any = None, **options: Any) -> Shard:
     """The layout of one file, and how its tensors are computed."""
-    head = header(((t.name, t.dtype, t.shape, t.nbytes) for t in targets), {"format": "pt"})
+    head = header(((t.name, t.dtype, t.shape, t.nbytes) for t in targets), metadata)
     starts, at = [], len(head)
     for t in targets:
         starts.append(at)
@@ -89,7 +89,8 @@ class Local:
                         self.progress(sum(t.nbytes for t in targets))
                         continue
                     ready = [spill.ready(t) for t in targets]
-                    self._file(shard(name, ready, self.device, allow_nonfinite=self.allow_nonfinite), out, pool)
+                    said = plan.metadata.get(name, {"format": "pt"})
+                    self._file(shard(name, ready, said, self.device, allow_nonfinite=self.allow_nonfinite), out, pool)
             finally:
                 spill.close()
                 pool.shutdown(cancel_futures=True)

@@ -113,7 +113,7 @@ class Plan:
     """What a merge writes.
 
     files: output file name -> its tensors, in order.   config: config.json as it will be, None when it stays.
-    extras: (file, name) copied beside the weights.     notes: what the user should know.
+    extras: (file, name) copied beside the weights.
     """
 
     checkpoint: Checkpoint
@@ -121,7 +121,7 @@ class Plan:
     config: dict[str, Any] | None
     extras: list[tuple[Path, str]]
     adapters: list[Path] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each output file
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,7 +143,7 @@ class Plan:
             s = path.stat()
             h.update(f"{path.resolve()}\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
         for name, targets in self.files.items():
-            h.update(name.encode())
+            h.update(f"{name}\0{self.metadata.get(name)}\0".encode())
             for t in targets:
                 h.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{_source(t)}\0{[_summary(c) for c in t.changes]}\0".encode())
         h.update(json.dumps([self.config, self.options], sort_keys=True, default=str).encode())
