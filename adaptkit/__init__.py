@@ -12,7 +12,7 @@ HOMES = {
     "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
     "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
 }  # fmt: skip
-__all__ = sorted(HOMES)  # noqa: PLE0605
+__all__ = sorted(HOMES)
 
 
 def __getattr__(name: str) -> object:

@@ -12,7 +12,6 @@ from places import FIXTURES, adapter_folders
 
 import adaptkit
 
-
 REFUSED = {
     "alora": "alora_invocation_tokens",
     "prompt": "acts on activations",

@@ -288,7 +288,7 @@ def test_the_tar_format_is_refused(tmp_path):
         (text("x") + b")R", Unsafe, "something that has no name"),
         (name("os.sys\x1b[31m") + b")R", Unsafe, r"calls os.sys\\x1b"),
     ],
-    ids="D36 D36_four D37 D37_text module D38 D39 D66 text_called escape".split(),
+    ids=["D36", "D36_four", "D37", "D37_text", "module", "D38", "D39", "D66", "text_called", "escape"],
 )
 def test_other_refusals(tmp_path, value, error, match):
     """D36-D39, D66 and kin: the name is told, escaped."""
@@ -586,9 +586,9 @@ def test_every_dtype_is_read_as_torch_reads_it(tmp_path, legacy):
     """D80, D86, D88: all dtypes that safetensors names, scalars, empty tensors, parameters, views and tied tensors."""
     path, base = tmp_path / "a.bin", torch.arange(24.0)
     state: dict[str, torch.Tensor] = OrderedDict()
-    for dtype in "float32 float64 float16 bfloat16 complex64 uint8 int8 int16 int32 int64 bool".split():
+    for dtype in ["float32", "float64", "float16", "bfloat16", "complex64", "uint8", "int8", "int16", "int32", "int64", "bool"]:
         state[dtype] = base.to(getattr(torch, dtype)).reshape(4, 6)
-    for dtype in "uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz".split():
+    for dtype in ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]:
         state[dtype] = base.to(torch.uint8).to(getattr(torch, dtype))
         state[dtype + "_view"] = state[dtype][6:12].reshape(2, 3).t()
     state |= {"scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "parameter": torch.nn.Parameter(base[:3].clone())}

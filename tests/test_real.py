@@ -214,7 +214,7 @@ def test_a_real_adapter_merges_into_what_peft_runs(number: str, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_an_adapter_that_was_never_trained_leaves_the_model_as_it_was(tmp_path: Path):
+def test_an_adapter_that_was_never_trained_leaves_the_model_as_it_was(tmp_path: Path, tidy):
     """Its lora_B are all zero: a warning says so, and the output equals the base."""
     base = built(VIT, tmp_path / "base")
 
@@ -227,7 +227,7 @@ def test_an_adapter_that_was_never_trained_leaves_the_model_as_it_was(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.peft
-def test_an_adapter_for_names_that_transformers_has_since_changed_still_merges(tmp_path: Path):
+def test_an_adapter_for_names_that_transformers_has_since_changed_still_merges(tmp_path: Path, tidy):
     """The names in files stayed; PEFT is given the adapter under today's names, and noise in place of its zeros."""
     base, head = built(VIT, tmp_path / "base"), VIT[2]
     old, new = _in_old_and_new_names(ADAPTERS["22"], tmp_path)

@@ -72,12 +72,17 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
     args = sys.argv[1:] if args is None else args
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; our threads are the parallelism
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = run(args)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = code or 141
+    except OSError as e:
+        code = code or _failed(e)
+    if code == 141:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes at its end
     sys.exit(code)
 
 
@@ -90,7 +95,9 @@ def run(args: list[str]) -> int:
         warnings.simplefilter("always", AdaptKitWarning)
         previous = _on_sigterm()
         try:
-            code = cli.main(args, prog_name="adaptkit", standalone_mode=False)
+            # not cli.main, which has its own ways with interrupts and closed pipes
+            with cli.make_context("adaptkit", list(args)) as context:
+                code = cli.invoke(context)
             code = code if isinstance(code, int) else 0
         except BaseException as e:
             if debug:
@@ -117,6 +124,9 @@ def _failed(e: BaseException) -> int:
     if isinstance(e, Terminated):
         _say(f"terminated{_progress()}; run the same command again to go on")
         return 143
+    if isinstance(e, click.exceptions.NoArgsIsHelpError):
+        click.echo(e.format_message())
+        return e.exit_code
     if isinstance(e, click.ClickException):
         _say(f"error: {e.format_message()}")
         return e.exit_code
@@ -141,6 +151,8 @@ def _progress() -> str:
 
 
 def _say(text: str) -> None:
+    if sys.stderr is None:
+        return
     try:
         print(TOKEN.sub("hf_...", text.replace("\n", " ")), file=sys.stderr, flush=True)
     except (BrokenPipeError, OSError):

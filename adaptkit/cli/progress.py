@@ -14,7 +14,7 @@ def bar(text: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A function to call with (bytes, of bytes); draws a bar on a terminal, and nothing elsewhere."""
     global _reached
     _reached = None
-    if not shown or not sys.stderr.isatty():
+    if not shown or sys.stderr is None or not sys.stderr.isatty():
         yield _note
         return
     from rich.console import Console

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .. import registry
 from ..errors import AdaptKitError, Corrupt, Mismatch, System, quoted
 from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, working
 from .plan import Change, Target
@@ -20,27 +22,64 @@ ELEMENTS = 1 << 19  # of one sum: what stays in a core's cache in float32, and i
 SAMPLE = 16  # one sum in so many is looked at for what rounding left of the update
 
 
+@dataclass(frozen=True)
+class Look:
+    """What rounding to the stored dtype left of the update in one block, in squared norms.
+
+    update: |D|^2      lost: |stored(W + D) - (W + D)|^2      alone: |D_k|^2 of each adapter, when there are several
+    zero: whether the base is all zero there
+    """
+
+    tensor: str
+    first: int
+    update: float
+    lost: float
+    alone: dict[int, float]
+    zero: bool
+
+
 @dataclass
 class Survival:
-    """What rounding to the stored dtype left of the update, in squared norms over the blocks that were looked at.
-
-    update: |D|^2      lost: |stored(W + D) - (W + D)|^2      alone: |D_k|^2 for each adapter, by position
-    """
+    """Looks, added up. Plain values, so that a journal can hold them."""
 
     update: float = 0.0
     lost: float = 0.0
-    alone: dict[int, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
+    worst: list[list] = field(default_factory=list)  # [tensor, share lost], the largest first
+    zero: bool = True  # nothing but zeros was seen
+
+    @classmethod
+    def of(cls, looks: Iterable[Look]) -> Survival:
+        """Added up in one order, whichever thread looked first, so that the sums are the same every time."""
+        total, by_tensor = cls(), {}
+        for look in sorted(looks, key=lambda x: (x.tensor, x.first)):
+            total.zero = total.zero and look.zero
+            if not math.isfinite(look.update + look.lost):
+                continue  # NaN in the base has its own warning
+            total._add(look.update, look.lost, {str(k): v for k, v in look.alone.items()})
+            sums = by_tensor.setdefault(look.tensor, [0.0, 0.0])
+            sums[0] += look.update
+            sums[1] += look.lost
+        shares = [[name, share(lost, update)] for name, (update, lost) in by_tensor.items()]
+        total.worst = sorted(shares, key=lambda x: (-x[1], x[0]))[:3]
+        return total
 
     def add(self, other: Survival) -> None:
-        self.update += other.update
-        self.lost += other.lost
-        for k, v in other.alone.items():
+        """Another file's."""
+        self._add(other.update, other.lost, other.alone)
+        self.worst = sorted(self.worst + other.worst, key=lambda x: (-x[1], x[0]))[:3]
+        self.zero = self.zero and other.zero
+
+    def _add(self, update: float, lost: float, alone: dict[str, float]) -> None:
+        self.update += update
+        self.lost += lost
+        for k, v in alone.items():
             self.alone[k] = self.alone.get(k, 0.0) + v
 
-    @property
-    def share_lost(self) -> float:
-        """|error of rounding| / |update|, between 0 and 1."""
-        return min(1.0, (self.lost / self.update) ** 0.5) if self.update else 0.0
+
+def share(lost: float, update: float) -> float:
+    """|error of rounding| / |update| from their squares, between 0 and 1."""
+    return min(1.0, (lost / update) ** 0.5) if update else 0.0
 
 
 class Workspace:
@@ -49,8 +88,7 @@ class Workspace:
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
         self._buffers: dict[str, np.ndarray] = {}
-        self.survival: dict[str, Survival] = {}
-        self.zero: dict[str, bool] = {}  # base tensors of which every block looked at is zero
+        self.looks: list[Look] = []
         self.warnings: dict[str, None] = {}
         self.device: dict[str, Any] = {}  # a stream and pinned buffers, where there is a device
 
@@ -141,13 +179,13 @@ class Tensor:
         matrix = W.reshape(bottom - top, columns)
         looked_at = bool(t.changes) and (first // ELEMENTS) % self.sample == 0
         before = W.copy() if looked_at else None
-        self._change(matrix, top, bottom, space, looked_at)
+        alone = self._change(matrix, top, bottom, space, looked_at)
         piece = W[first - top * columns : last - top * columns]
         out = rounded(piece, t.dtype, into[: last - first])
         self._finite(piece, first, space)
         if looked_at:
             part = slice(first - top * columns, last - top * columns)
-            self._look(before[part], piece, out, space)
+            self._look(first, before[part], piece, out, alone, space)
             if self.observe:
                 self.observe(first, before[part], piece)
 
@@ -160,26 +198,26 @@ class Tensor:
         space.read(source.file, memoryview(raw.view("u1")), source.offset + first * raw.itemsize)
         np.copyto(W, raw, casting="unsafe")
 
-    def _change(self, matrix: np.ndarray, top: int, bottom: int, space: Workspace, looked_at: bool) -> None:
+    def _change(self, matrix: np.ndarray, top: int, bottom: int, space: Workspace, looked_at: bool) -> dict[int, float]:
+        """Apply every change; when it is looked at, |D_k|^2 of each adapter if there are several."""
+        several = looked_at and len({c.adapter for c, _ in self.steps}) > 1
+        alone: dict[int, float] = {}
         for change, apply in self.steps:
             start, stop = max(top, change.rows[0]), min(bottom, change.rows[1])
             if start >= stop:
                 continue
             rows = matrix[start - top : stop - top]
-            old = rows.copy() if looked_at and len({c.adapter for c, _ in self.steps}) > 1 else None
+            old = rows.copy() if several else None
             apply(rows, start - change.rows[0], space)
             if old is not None:
-                alone = space.survival.setdefault(self.target.name, Survival()).alone
                 alone[change.adapter] = alone.get(change.adapter, 0.0) + _square(rows - old)
+        return alone
 
-    def _look(self, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, space: Workspace) -> None:
-        name = self.target.name
-        found = space.survival.setdefault(name, Survival())
+    def _look(
+        self, first: int, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, alone: dict[int, float], space: Workspace
+    ) -> None:
         update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
-        if np.isfinite(update) and np.isfinite(lost):  # NaN in the base has its own warning
-            found.update += update
-            found.lost += lost
-        space.zero[name] = space.zero.get(name, True) and not before.any()
+        space.looks.append(Look(self.target.name, first, update, lost, alone, not before.any()))
 
     def _finite(self, values: np.ndarray, first: int, space: Workspace) -> None:
         """Nothing becomes NaN or infinite that was not so in the base."""
@@ -260,7 +298,8 @@ def whole(target: Target, device: Any = None) -> np.ndarray:
                 hint="save the base with the names that the model uses",
             )
         try:
-            changed = _by(change, device)(part.copy(), change.loaded(dtype))
+            with registry.blamed("tuners", change.tuner.name):
+                changed = _by(change, device)(part.copy(), change.loaded(dtype))
         except AdaptKitError as e:
             raise e.at(target.name) from None
         _blend(W[start:stop], np.asarray(changed).reshape(stop - start, -1), change.weight)

@@ -67,7 +67,7 @@ class DeviceTensor(Tensor):
             self._finite(exact, first, space)
         if self._looks(first):
             exact = W[part].cpu().numpy()
-            self._look(before[part].cpu().numpy(), exact, into[: last - first], space)
+            self._look(first, before[part].cpu().numpy(), exact, into[: last - first], {}, space)
         return None
 
     def _looks(self, first: int) -> bool:

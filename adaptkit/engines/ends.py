@@ -24,10 +24,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddi
 HEADS = ("lm_head", "embed_out")
 LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 PLAIN_HEAD = ("ForCausalLM", "LMHeadModel")  # whose head is one Linear, the same tied or not
-TOKENIZER = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
-    "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
-).split()
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"]
 
 
 class Ends:

@@ -12,7 +12,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ class Local:
         self.progress = progress or (lambda n: None)
         self.allow_nonfinite, self.device = allow_nonfinite, device
         self._threads, self._hands = threading.local(), []
-        self.survival: dict[str, Survival] = {}
-        self.zero: dict[str, bool] = {}
+        self.survival = Survival()
+        self._stopping = threading.Event()
         self.warnings: dict[str, None] = {}
 
     def write(self, plan: Plan, out: Output) -> None:
@@ -85,8 +85,9 @@ class Local:
         with single_threaded_blas(), ThreadPoolExecutor(self.workers) as pool:
             try:
                 for name, targets in plan.files.items():
-                    if out.done(name):
+                    if record := out.done(name):
                         self.progress(sum(t.nbytes for t in targets))
+                        self.survival.add(Survival(**record.get("rounding", {})))
                         continue
                     ready = [spill.ready(t) for t in targets]
                     said = plan.metadata.get(name, {"format": "pt"})
@@ -94,7 +95,8 @@ class Local:
             finally:
                 spill.close()
                 pool.shutdown(cancel_futures=True)
-                self._noticed()
+                for hand in self._hands:
+                    hand.space.close()
 
     def _file(self, s: Shard, out: Output, pool: ThreadPoolExecutor) -> None:
         with out.file(s.name, s.size, direct=True) as fd:
@@ -103,15 +105,21 @@ class Local:
                 for job in jobs:
                     job.result()
             except BaseException:
+                self._stopping.set()
                 for job in jobs:
                     job.cancel()
                 wait(jobs)  # nobody may write through a descriptor that is closed
                 raise
             os.ftruncate(fd, s.size)
+            found = self._noticed()
+            out.record(s.name, rounding=asdict(found))
+        self.survival.add(found)
 
     def _segment(self, s: Shard, fd: int, start: int) -> None:
         hand, direct = self._hand(), fd_is_direct(fd)
         for at in range(start, min(start + SEGMENT, s.size), BLOCK):
+            if self._stopping.is_set():
+                return
             length = min(BLOCK, s.size - at)
             fill(s, hand.block[:length], at, hand.space)
             padded = -(-length // PAGE) * PAGE if direct else length
@@ -125,17 +133,14 @@ class Local:
             self._hands.append(self._threads.hand)
         return self._threads.hand
 
-    def _noticed(self) -> None:
-        """Put together what the threads noticed, and close their files."""
+    def _noticed(self) -> Survival:
+        """Put together what the threads noticed since they were last asked."""
+        looks = []
         for space in (hand.space for hand in self._hands):
-            for name, found in space.survival.items():
-                self.survival.setdefault(name, Survival()).add(found)
-            for name, zero in space.zero.items():
-                self.zero[name] = self.zero.get(name, True) and zero
+            looks += space.looks
             self.warnings |= space.warnings
-            space.close()
-        self._hands.clear()
-        self._threads = threading.local()
+            space.looks = []
+        return Survival.of(looks)
 
 
 class _Hand:

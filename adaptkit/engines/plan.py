@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..errors import Mismatch, quoted
 from ..store.arrays import FLOATS, load, shape_of
-from ..store.checkpoint import Checkpoint
+from ..store.checkpoint import Checkpoint, Stamps
 from ..store.entry import BITS, Entry
 from ..tuners.base import Tuner
 
@@ -122,6 +123,7 @@ class Plan:
     extras: list[tuple[Path, str]]
     adapters: list[Path] = field(default_factory=list)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each output file
+    stamps: Stamps = field(default_factory=dict)  # of every input, as it was when it was planned
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,7 +143,7 @@ class Plan:
         h = hashlib.sha256()
         for path in [*self.checkpoint.files, *(f for f, _ in self.extras), *self.adapter_files]:
             s = path.stat()
-            h.update(f"{path.resolve()}\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
+            h.update(os.fsencode(path.resolve()) + f"\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
         for name, targets in self.files.items():
             h.update(f"{name}\0{self.metadata.get(name)}\0".encode())
             for t in targets:

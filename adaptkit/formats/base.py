@@ -34,19 +34,31 @@ def read(path: Path, name: str | None = None) -> Adapter:
     path = Path(path)
     if not path.exists():
         raise Usage("not found", where=path, hint="give an adapter's folder or file")
-    fitting = [name] if name else [n for n in registry.names("formats") if _recognises(n, path)]
+    fitting = [name] if name else _fitting(path)
     if not fitting:
         raise _nothing_fits(path)
     if len(fitting) > 1:
         raise Usage(f"fits {' and '.join(fitting)}", where=path, hint="read it in Python with the format's name")
-    adapter = registry.load("formats", fitting[0])().read(path)
+    with registry.blamed("formats", fitting[0]):
+        adapter = registry.load("formats", fitting[0])().read(path)
     adapter.meta.setdefault("format", fitting[0])
+    adapter.meta.setdefault("path", str(path))
     return adapter
+
+
+def _fitting(path: Path) -> list[str]:
+    """The formats that recognise a path. Plugins are imported and asked only when no built-in one does."""
+    for ours in (True, False):
+        asked = [n for n in registry.names("formats") if registry.built_in("formats", n) == ours]
+        if found := [n for n in asked if _recognises(n, path)]:
+            return found
+    return []
 
 
 def _recognises(name: str, path: Path) -> bool:
     try:
-        return registry.load("formats", name)().sniff(path)
+        with registry.blamed("formats", name):
+            return registry.load("formats", name)().sniff(path)
     except AdaptKitError:  # a format that is broken or lacks a dependency cannot claim a file
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,15 +75,24 @@ class Checkpoint:
                 if _belongs(name) and (Path(folder) / name).stat().st_size <= LARGEST_EXTRA:
                     yield Path(folder) / name, str(relative / name)
 
-    def unchanged(self, stamps: dict[Path, tuple]) -> None:
-        """Raises Corrupt when a file is not the one it was when `stamps` were taken."""
-        for file, stamp in stamps.items():
-            if _stamp(file) != stamp:
-                raise Corrupt("changed while it was read", where=file.name, hint="run again when nothing writes to it")
 
-    def stamps(self) -> dict[Path, tuple]:
-        """Size, time and inode of each weight file."""
-        return {f: _stamp(f) for f in self.files}
+Stamps = dict[Path, tuple[int, int, int]]
+
+
+def stamps(files: Iterable[Path]) -> Stamps:
+    """Size, time and inode of files, to see later whether they are still the same."""
+    return {f: _stamp(f) for f in files}
+
+
+def unchanged(taken: Stamps) -> None:
+    """Raises Corrupt when a file is not the one it was when its stamp was taken."""
+    for file, stamp in taken.items():
+        try:
+            now = _stamp(file)
+        except FileNotFoundError:
+            now = None
+        if now != stamp:
+            raise Corrupt("changed while it was read", where=file.name, hint="run again when nothing writes to it")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -255,7 +264,7 @@ def _starts(path: Path, magic: bytes) -> bool:
         os.close(fd)
 
 
-def _stamp(file: Path) -> tuple:
+def _stamp(file: Path) -> tuple[int, int, int]:
     s = os.stat(file)
     return s.st_size, s.st_mtime_ns, s.st_ino
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # bits per element of every dtype the safetensors format names
 BITS = {
@@ -32,6 +33,12 @@ class Entry:
     nbytes: int
     strides: tuple[int, ...] | None = None
     packed: tuple[int, int, int] | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """np.asarray(entry) reads it, so that whoever writes a format need not know what an Entry is."""
+        from .arrays import load
+
+        return load(self, dtype)
 
     @property
     def numel(self) -> int:

@@ -63,7 +63,7 @@ class Output:
         self._held: list[int] = []
         self._made: list[Path] = []
         self._journal: Journal | None = None
-        self._fatal, self._damaged, self.resumed = False, 0, 0
+        self._fatal, self._damaged, self.resumed, self.published = False, 0, 0, False
         with self._explained():
             self.target = checked(self.path, inputs, overwrite)
             self.partial = partial_of(self.target)
@@ -159,14 +159,21 @@ class Output:
         lock = os.open(self.partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self._held.append(lock)
         self._flock(lock)
+        if os.fstat(lock).st_size:
+            text = f"{self.partial}: left by {self._owner()}, which is gone; taken over"
+            warnings.warn(text, AdaptKitWarning, stacklevel=4)
         os.ftruncate(lock, 0)
         write_all(lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
     def _hold_folder(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # NFS cannot lock folders; there .lock has to do
+                self._flock(fd)
+        except BaseException:
+            os.close(fd)  # held by another run: it is not ours to work in, nor to remove
+            raise
         self._held.append(fd)
-        with suppress(OSError):  # NFS cannot lock folders; there .lock has to do
-            self._flock(fd)
 
     def _is_ours(self) -> bool:
         """True while the folder called OUT.partial is the one we hold."""
@@ -198,11 +205,13 @@ class Output:
         self.resumed = len(self._done)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind, error, trace) -> bool:
         self._journal.close()
-        if self._is_ours() and (isinstance(error, BAD_INPUT) or not self._done):
+        if not self.published and self._is_ours() and (isinstance(error, BAD_INPUT) or not self._done):
             self._remove()
         self._release()
+        # an interrupt that comes when the output has appeared has nothing left to interrupt
+        return self.published and error is not None and not isinstance(error, Exception)
 
     def _remove(self) -> None:
         """Remove OUT.partial and the parents that were made for it."""
@@ -322,6 +331,7 @@ class Output:
             self._swap()
         else:
             os.rename(self.partial, self.target)  # replaces an empty folder, fails if another run put files there
+        self.published = True
         disk.sync_folder(self.target.parent)
         if self.overwrite and os.path.lexists(self.aside):  # from a run that was killed between its two renames
             _delete_old(self.aside)

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import Corrupt, quoted
+from ..errors import Corrupt, System, quoted
 from .entry import BITS, Entry
 from .safepaths import open_regular
 
@@ -31,6 +31,8 @@ def read(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if len(head) < 8 or length > min(LARGEST, size - 8) or length < 2:
             raise _not_one(fd, size, length).at(path.name)
         raw = os.pread(fd, length, 8)
+    except OSError as e:
+        raise System(f"cannot be read ({e.strerror})", where=path.name) from e
     finally:
         os.close(fd)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import Mismatch
 from .base import Array, Params
@@ -22,6 +22,10 @@ class BDLoRA(LoRA):
 
     side: Literal["A", "B"] = "A"
     blocks: int = 1
+
+    def init(self, base: Any) -> Params:
+        p = super().init(base)
+        return {**p, self.side: p[self.side][:, : p[self.side].shape[1] // self.blocks].clone()}
 
     def factors(self, p: Params) -> tuple[Array, Array, float]:
         return super().factors({**p, self.side: block_diagonal(p[self.side], self.blocks)})

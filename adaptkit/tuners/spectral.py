@@ -21,6 +21,9 @@ class _Spectral(LoRA):
     noise = 512.0  # two float32 decompositions agree no better
     follows = False  # the start was computed from the unchanged base weight
 
+    def init(self, base: Any) -> Params:
+        return Tuner.init(self, base)  # refuses: LoRA's start would not be a no-op here
+
     def removed(self, W: Array) -> Array:
         """What the start took out of the stored matrix W."""
         raise NotImplementedError

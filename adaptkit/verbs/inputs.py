@@ -11,6 +11,7 @@ from ..adapter import Adapter
 from ..errors import Usage, quoted
 from ..formats.base import read
 from ..store.arrays import WORDS
+from ..store.entry import Entry
 
 Source = str | Path | Adapter
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -23,6 +24,12 @@ def adapters_of(sources: Source | Sequence[Source]) -> list[Adapter]:
     if not sources:
         raise Usage("no adapter was given", where="ADAPTER")
     return [s if isinstance(s, Adapter) else read(Path(s)) for s in sources]
+
+
+def files_of(adapter: Adapter) -> list[Path]:
+    """The files that an adapter's numbers have not been read from yet."""
+    values = [v for s in adapter.sites.values() for v in s.params.values()] + list(adapter.whole.values())
+    return list(dict.fromkeys(v.file for v in values if isinstance(v, Entry)))
 
 
 def weights_of(weights: Sequence[float] | None, count: int) -> list[float]:

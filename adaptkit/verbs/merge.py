@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ..engines import checks, layout
-from ..engines.blocks import Survival
+from ..engines.blocks import Survival, share
 from ..engines.device import checked
 from ..engines.draft import draft
 from ..engines.local import Local
 from ..engines.plan import Plan
-from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, some
-from ..store.checkpoint import Checkpoint, open_checkpoint
+from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted
+from ..store.checkpoint import Checkpoint, open_checkpoint, stamps, unchanged
 from ..store.disk import write_all
 from ..store.output import Output
-from .inputs import Source, adapters_of, dtype_of, size_of, weights_of
+from .inputs import Source, adapters_of, dtype_of, files_of, size_of, weights_of
 
 MUCH_LOST = 0.1  # of the update's norm: worth a warning
 
@@ -43,7 +43,6 @@ class Merged:
     seconds: float
     lost: list[float] = field(default_factory=list)
     resumed: int = 0
-    worst: list[tuple[str, float]] = field(default_factory=list)
 
 
 def merge(
@@ -91,7 +90,9 @@ def planned(
 
 def _planned(base: Path, adapters: Any, weights: Sequence[float] | None, wanted: str | None, limit: int | None) -> Plan:
     checkpoint = open_checkpoint(base)
+    taken = stamps(checkpoint.files)
     read = adapters_of(adapters)
+    taken |= stamps(file for a in read for file in files_of(a))
     factors = weights_of(weights, len(read))
     for adapter in read:
         try:
@@ -100,6 +101,7 @@ def _planned(base: Path, adapters: Any, weights: Sequence[float] | None, wanted:
             raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
     plan = draft(checkpoint, read, factors, dtype=wanted, max_shard_size=limit)
     plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
+    plan.stamps = taken | stamps(file for file, _ in plan.extras)
     plan.options = {"verb": "merge", "weights": factors, "dtype": wanted, "max_shard_size": limit}
     return plan
 
@@ -130,7 +132,6 @@ def execute(
     _possible(engine, workers)
     where = checked(device)
     checkpoint, total = plan.checkpoint, plan.nbytes
-    stamps = checkpoint.stamps()
     done = _Counter(total, progress)
     local = Local(workers, done, plan.options.get("allow_nonfinite", False), where)
     inputs = [checkpoint.path, *plan.adapters]
@@ -139,14 +140,11 @@ def execute(
     with out:
         local.write(plan, out)
         _beside(plan, out)
-        checkpoint.unchanged(stamps)
+        unchanged(plan.stamps)
         merged = Merged(output, [t.name for t in plan.changed], len(plan.targets), total, 0.0, resumed=out.resumed)
         _survived(plan, local.survival, merged)
         out.publish(receipt(plan, merged))
     for text in local.warnings:
-        warnings.warn(text, AdaptKitWarning, stacklevel=2)
-    if local.zero and all(local.zero.values()):
-        text = "every base weight that was looked at is zero; is the base damaged?"
         warnings.warn(text, AdaptKitWarning, stacklevel=2)
     merged.seconds = time.monotonic() - start
     return merged
@@ -199,22 +197,22 @@ def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
     }
 
 
-def _survived(plan: Plan, survival: dict[str, Survival], merged: Merged) -> None:
+def _survived(plan: Plan, found: Survival, merged: Merged) -> None:
     """Fill in what rounding ate, and warn when it was much."""
-    count = len(plan.options.get("weights") or [1])
-    total = Survival()
-    for found in survival.values():
-        total.add(found)
-    if not total.update:
+    if not found.update:
         return
-    alone = total.alone or {0: total.update}
-    merged.lost = [min(1.0, (total.lost / alone[k]) ** 0.5) if alone.get(k) else 0.0 for k in range(count)]
-    merged.worst = sorted(((n, s.share_lost) for n, s in survival.items()), key=lambda x: -x[1])[:5]
-    for k, share in enumerate(merged.lost):
-        if share > MUCH_LOST:
+    count = len(plan.options.get("weights") or [1])
+    alone = [found.alone.get(str(k), 0.0) for k in range(count)] if found.alone else [found.update]
+    merged.lost = [share(found.lost, a) for a in alone]
+    for k, lost in enumerate(merged.lost):
+        if lost > MUCH_LOST:
             name = plan.adapters[k].name if k < len(plan.adapters) else f"adapter {k + 1}"
-            text = f"rounding ate {share:.0%} of the update of {name} (worst in {some([merged.worst[0][0]])}); --dtype float32 keeps it"
+            worst = quoted(found.worst[0][0])
+            text = f"rounding ate {lost:.0%} of the update of {name} (worst in {worst}); --dtype float32 keeps it"
             warnings.warn(text, AdaptKitWarning, stacklevel=2)
+    if found.zero:
+        text = "every base weight that was looked at is zero; is the base damaged?"
+        warnings.warn(text, AdaptKitWarning, stacklevel=2)
 
 
 class _Counter:

@@ -12,8 +12,8 @@ from ..adapter import Adapter, Site
 from ..engines.draft import draft
 from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, some
 from ..store.arrays import load
-from ..store.checkpoint import open_checkpoint
-from .inputs import Source, adapters_of, dtype_of, size_of, weights_of
+from ..store.checkpoint import open_checkpoint, stamps
+from .inputs import Source, adapters_of, dtype_of, files_of, size_of, weights_of
 from .merge import Merged, execute
 
 
@@ -39,11 +39,14 @@ def unmerge(
     """
     start = time.monotonic()
     checkpoint = open_checkpoint(Path(merged))
+    taken = stamps(checkpoint.files)
     read = adapters_of(adapters)
+    taken |= stamps(file for a in read for file in files_of(a))
     factors = weights_of(weights, len(read))
     backwards = [_inverse(a, w) for a, w in zip(reversed(read), reversed(factors), strict=True)]
     plan = draft(checkpoint, backwards, list(reversed(factors)), dtype=dtype_of(dtype), max_shard_size=size_of(max_shard_size))
     plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
+    plan.stamps = taken | stamps(file for file, _ in plan.extras)
     plan.options = {"verb": "unmerge", "weights": factors, "dtype": dtype_of(dtype)}
     if any(t.dtype in ("BF16", "F16") for t in plan.changed):
         text = "what merging rounded stays rounded: the result is within about a rounding of the base, not equal to it"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engines.blocks import ELEMENTS, Survival, Tensor, Workspace
+from ..engines.blocks import ELEMENTS, Survival, Tensor, Workspace, share
 from ..engines.local import expected, single_threaded_blas
 from ..engines.plan import Target
 from ..errors import Mismatch, Usage, some
@@ -66,7 +66,7 @@ def verify(
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"
     names = _sampled(plan.targets, sample)
     total, done = sum(t.nbytes for t in plan.targets if t.name in names), 0
-    survival, space = Survival(), Workspace()
+    space = Workspace()
     with tempfile.TemporaryDirectory(prefix="adaptkit-") as scratch, single_threaded_blas():
         for target, tensor in expected(plan, Path(scratch), names):
             if target.name in found.entries:
@@ -75,10 +75,9 @@ def verify(
             done += target.nbytes
             if progress:
                 progress(done, total)
-    for s in space.survival.values():
-        survival.add(s)
     space.close()
-    result.lost, result.ok = survival.share_lost, not result.wrong
+    rounding = Survival.of(space.looks)
+    result.lost, result.ok = share(rounding.lost, rounding.update), not result.wrong
     if not (result.equal + result.close) and not result.wrong:
         raise Mismatch("nothing was compared")
     return result

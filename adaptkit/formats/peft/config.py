@@ -29,7 +29,7 @@ def _number(v: Any) -> bool:
 
 
 def _count(v: Any) -> bool:
-    return type(v) is int and 0 < v
+    return type(v) is int and v > 0
 
 
 def _names(v: Any) -> bool:

@@ -141,10 +141,7 @@ def _nothing_left(config: dict[str, Any], modules: dict, whole: dict) -> None:
         raise Mismatch(f"{quoted(path)} has tensors that no {config['peft_type']} adapter holds")
 
 
-EMBEDDINGS = (
-    "embed_tokens embed_in embed_out lm_head wte word_embeddings shared embeddings tok_embeddings output token_embedding "
-    "embed_positions wpe"
-).split()
+EMBEDDINGS = ["embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "word_embeddings", "shared", "embeddings", "tok_embeddings", "output", "token_embedding", "embed_positions", "wpe"]
 
 
 def _justified(config: dict[str, Any], adapter: Adapter) -> None:
