@@ -78,7 +78,9 @@ def quoted(name: object) -> str:
     text = str(name)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 20]}...{text[-17:]}"
-    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape", "replace").decode() for c in text)
+    return "".join(
+        c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape", "replace").decode() for c in text
+    )
 
 
 def some(names, limit: int = 3) -> str:

@@ -60,10 +60,14 @@ def point(kind: str, name: str) -> EntryPoint:
         raise Mismatch(_unknown(kind, name))
     ours = [p for p in claims if package(p) == OURS]
     if len(claims) > 1 and not ours:
-        raise Mismatch(f"{KINDS[kind]} {name!r} is claimed by {', '.join(owners(kind, name))}", hint="uninstall all but one")
+        raise Mismatch(
+            f"{KINDS[kind]} {name!r} is claimed by {', '.join(owners(kind, name))}", hint="uninstall all but one"
+        )
     if len(claims) > 1:
         others = ", ".join(o for o in owners(kind, name) if o != OURS)
-        warnings.warn(f"{KINDS[kind]} {name!r} of {others} is ignored: the name is built in", AdaptKitWarning, stacklevel=2)
+        warnings.warn(
+            f"{KINDS[kind]} {name!r} of {others} is ignored: the name is built in", AdaptKitWarning, stacklevel=2
+        )
     return (ours or claims)[0]
 
 
@@ -75,9 +79,13 @@ def load(kind: str, name: str) -> type:
     found = _imported(where, whose)
     base = BASES[kind]
     if not isinstance(found, type) or base not in {f"{c.__module__}.{c.__qualname__}" for c in found.__mro__}:
-        raise Mismatch(f"{whose} is {quoted(repr(found))}, not a {base.rpartition('.')[2]}", hint='write it as "module:Class"')
+        raise Mismatch(
+            f"{whose} is {quoted(repr(found))}, not a {base.rpartition('.')[2]}", hint='write it as "module:Class"'
+        )
     if getattr(found, "name", None) != name:
-        raise Mismatch(f"{whose} calls itself {quoted(repr(getattr(found, 'name', None)))}", hint=f"set name = {name!r}")
+        raise Mismatch(
+            f"{whose} calls itself {quoted(repr(getattr(found, 'name', None)))}", hint=f"set name = {name!r}"
+        )
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise Mismatch(f"{whose} does not define {', '.join(missing)}")
     return found
@@ -95,7 +103,9 @@ def blamed(kind: str, name: str) -> Iterator[None]:
             raise  # a bug of ours
         whose = ", ".join(owners(kind, name)) or "nobody"
         why = f"{type(e).__name__}: {quoted(e)}"
-        raise Mismatch(f"{KINDS[kind]} {name!r} of {whose} failed ({why})", hint="tell its author; --debug shows where") from e
+        raise Mismatch(
+            f"{KINDS[kind]} {name!r} of {whose} failed ({why})", hint="tell its author; --debug shows where"
+        ) from e
 
 
 def _imported(where: EntryPoint, whose: str) -> object:

@@ -99,12 +99,14 @@ def layer(name: str, layers_pattern: str | Collection[str] | None = None) -> int
 
 
 def parse_layers(text: str) -> list[int]:
-    """"0-3,7" -> [0, 1, 2, 3, 7]."""
+    """ "0-3,7" -> [0, 1, 2, 3, 7]."""
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise Usage(f"{quoted(part)!r} is not a layer or a range of layers", where="--layers", hint="write it as 0-3,7")
+            raise Usage(
+                f"{quoted(part)!r} is not a layer or a range of layers", where="--layers", hint="write it as 0-3,7"
+            )
         if int(last or first) > 100_000:
             raise Usage(f"{quoted(part)!r} is past any model's last layer", where="--layers")
         layers.update(range(int(first), int(last or first) + 1))

@@ -92,27 +92,36 @@ def _started(tuner: Tuner, layer: Any) -> Params | None:
 
 def _starts_as_no_op(tuner: Tuner, layer: Any, started: Params) -> None:
     W, b = layer.weight.clone(), layer.bias.clone()
-    _same(tuner.weight(W, started), layer.weight, f"{tuner.name}.init is no no-op: the fresh weight differs from the base")
+    _same(
+        tuner.weight(W, started), layer.weight, f"{tuner.name}.init is no no-op: the fresh weight differs from the base"
+    )
     _same(tuner.bias(b, started), layer.bias, f"{tuner.name}.init is no no-op: the fresh bias differs from the base")
 
 
 def _moved(started: Params) -> dict[str, np.ndarray]:
     """Params as if they had been trained a little."""
     arrays = {k: v.detach().numpy() for k, v in started.items()}
-    return {k: v + _numbers(v.shape, i, 0.1) if v.dtype.kind == "f" else v for i, (k, v) in enumerate(sorted(arrays.items()))}
+    return {
+        k: v + _numbers(v.shape, i, 0.1) if v.dtype.kind == "f" else v
+        for i, (k, v) in enumerate(sorted(arrays.items()))
+    }
 
 
 def _keeps_the_shape(tuner: Tuner, W: np.ndarray, b: np.ndarray, p: Params) -> None:
     changed = _weight(tuner, W, p)
     assert changed.shape == W.shape, f"{tuner.name}.weight made {changed.shape} of {W.shape}"
-    assert changed.dtype == W.dtype, f"{tuner.name}.weight made {changed.dtype} of {W.dtype}: sums would be rounded twice"
+    assert changed.dtype == W.dtype, (
+        f"{tuner.name}.weight made {changed.dtype} of {W.dtype}: sums would be rounded twice"
+    )
     moved = not np.array_equal(tuner.bias(b.copy(), p), b)
     assert bool(tuner.changes_bias(p)) or not moved, f"{tuner.name}.bias changes the bias, but changes_bias says no"
 
 
 def _libraries_agree(tuner: Tuner, W: np.ndarray, b: np.ndarray, p: Params) -> None:
     tensors = _tensors(p)
-    _same(tuner.bias(_tensor(b), tensors), tuner.bias(b.copy(), p), f"{tuner.name}.bias differs between NumPy and torch")
+    _same(
+        tuner.bias(_tensor(b), tensors), tuner.bias(b.copy(), p), f"{tuner.name}.bias differs between NumPy and torch"
+    )
     if tuner.arrays == "any":
         ours, theirs = tuner.weight(W.copy(), p), tuner.weight(_tensor(W), tensors)
         _same(theirs, ours, f"{tuner.name}.weight differs between NumPy and torch; does it need arrays = torch?")
@@ -250,7 +259,9 @@ def _recognises_nothing_else(format: Format, folder: Path) -> None:
 def _equal(wrote: Adapter, read: Adapter, who: str) -> None:
     assert sorted(read.sites) == sorted(wrote.sites), f"{who} holds sites {sorted(read.sites)} of {sorted(wrote.sites)}"
     for path, site in wrote.sites.items():
-        assert read.sites[path].tuner == site.tuner, f"{who}: {path} has {read.sites[path].tuner} instead of {site.tuner}"
+        assert read.sites[path].tuner == site.tuner, (
+            f"{who}: {path} has {read.sites[path].tuner} instead of {site.tuner}"
+        )
         _same_bits(site.params, read.sites[path].params, f"{who}: {path}")
     _same_bits(wrote.whole, read.whole, f"{who}: whole")
     lost = {k for k, v in wrote.meta.items() if read.meta.get(k) != v} - OURS_TO_SET

@@ -1,6 +1,6 @@
 """Merging a rank-16 LoRA into a 1.2-billion model: copying, AdaptKit, PEFT, and AdaptKit on a model four times as large.
 
-    python benchmarks/merge.py [--rounds 5] [--layers 16] [--no-peers] [--large]
+python benchmarks/merge.py [--rounds 5] [--layers 16] [--no-peers] [--large]
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ def commands_for(base: Path, adapter: Path, out: Path, peers: bool) -> dict[str,
         "adaptkit merge --workers 1": [*merge, "--workers", "1"],
     }
     if peers:
-        commands["PEFT merge_and_unload + save_pretrained"] = [sys.executable, "-c", PEFT, str(base), str(adapter), str(out)]
+        commands["PEFT merge_and_unload + save_pretrained"] = [
+            sys.executable,
+            "-c",
+            PEFT,
+            str(base),
+            str(adapter),
+            str(out),
+        ]
     return commands
 
 
@@ -68,7 +75,10 @@ def clean(out: Path, base: Path) -> None:
 
 def large(folder: Path, layers: int) -> None:
     """Peak memory must not grow with the model."""
-    base, adapter = shape.make_base(folder / f"base-{layers}", layers), shape.make_adapter(folder / f"adapter-{layers}", layers)
+    base, adapter = (
+        shape.make_base(folder / f"base-{layers}", layers),
+        shape.make_adapter(folder / f"adapter-{layers}", layers),
+    )
     runs = Runs()
     clean(folder / "out", base)
     once(commands_for(base, adapter, folder / "out", peers=False)["adaptkit merge"], runs)
@@ -79,5 +89,3 @@ def large(folder: Path, layers: int) -> None:
 
 if __name__ == "__main__":
     main()
-
-

@@ -22,7 +22,9 @@ def make_base(folder: Path, layers: int = 16) -> Path:
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    shards = split([("model.embed_tokens.weight", (VOCAB, HIDDEN)), *layer_shapes(layers), ("lm_head.weight", (VOCAB, HIDDEN))])
+    shards = split(
+        [("model.embed_tokens.weight", (VOCAB, HIDDEN)), *layer_shapes(layers), ("lm_head.weight", (VOCAB, HIDDEN))]
+    )
     weight_map = {}
     for i, held in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -52,7 +54,11 @@ def layer_shapes(layers: int) -> list[tuple[str, tuple[int, ...]]]:
 
 def linears() -> dict[str, tuple[int, int]]:
     attention = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
-    return attention | {"mlp.gate_proj": (INTER, HIDDEN), "mlp.up_proj": (INTER, HIDDEN), "mlp.down_proj": (HIDDEN, INTER)}
+    return attention | {
+        "mlp.gate_proj": (INTER, HIDDEN),
+        "mlp.up_proj": (INTER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTER),
+    }
 
 
 def split(tensors: list) -> list[list]:

@@ -1,6 +1,6 @@
 """How soon the command line answers: --help and inspect, and planning a checkpoint of 50,000 tensors.
 
-    python benchmarks/start.py [--rounds 9]
+python benchmarks/start.py [--rounds 9]
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from places import FIXTURES
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may look for the Hub
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """Models and adapters made by other programs; never written to."""

@@ -53,25 +53,36 @@ def bert() -> nn.Module:
 def t5() -> nn.Module:
     """Encoder and decoder, with one embedding for all ends."""
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    )
 
 
 def vit() -> nn.Module:
     """Other names on disk than in the model; a convolution."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3)
+    )
 
 
 def mixtral() -> nn.Module:
     """Experts: a matrix each on disk, a stack in the model."""
-    sizes = Sizes | {"intermediate_size": 24, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = Sizes | {
+        "intermediate_size": 24,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
 
 
 def opt() -> nn.Module:
     """Tied ends under `model.decoder`, an embedding narrower than the layers."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, max_position_embeddings=32, word_embed_proj_dim=16))
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(**sizes, max_position_embeddings=32, word_embed_proj_dim=16)
+    )
 
 
 def neox() -> nn.Module:
@@ -117,7 +128,9 @@ def _lora(family: str, targets: Any, config: dict[str, Any] | None = None, **mor
 
 
 def _ia3(family: str, attention: list[str], feedforward: list[str], **more: Any) -> Kind:
-    return Kind(family, {"target_modules": attention + feedforward, "feedforward_modules": feedforward}, ia3=True, **more)
+    return Kind(
+        family, {"target_modules": attention + feedforward, "feedforward_modules": feedforward}, ia3=True, **more
+    )
 
 
 PLAIN = {
@@ -145,7 +158,10 @@ VECTORS = {
     "ia3-conv-feedforward": _ia3("vit", [], ["projection"]),
     "ia3-square": _ia3("llama", ["o_proj"], ["q_proj"]),
     "ia3-regex": Kind(
-        "llama", {"target_modules": r".*\.(k_proj|down_proj)", "feedforward_modules": r".*\.down_proj"}, ia3=True, formula=False
+        "llama",
+        {"target_modules": r".*\.(k_proj|down_proj)", "feedforward_modules": r".*\.down_proj"},
+        ia3=True,
+        formula=False,
     ),
     "ia3-saved": Kind(
         "llama", {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]}, ia3=True
@@ -225,7 +241,8 @@ ODD = {
         "llama-tied", ["q_proj", "lm_head"], {"ensure_weight_tying": True}, formula=False, peft_merges=False, ends=False
     ),
     "tokens-of-both-ends": _lora(
-        "llama-tied", Q_V, {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3, 4]}}, formula=False, peft_merges=False
+        "llama-tied", Q_V, {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3, 4]}},
+        formula=False, peft_merges=False,
     ),
     "tokens-of-the-head": _lora("llama", Q_V, {"trainable_token_indices": {"lm_head": [3, 4]}}),
     "tokens-opt": _lora("opt", Q_V, {"trainable_token_indices": [5, 6]}),
@@ -277,7 +294,10 @@ class Zoo:
         torch.manual_seed(11)
         model = FAMILIES[family]()
         with torch.no_grad():
-            for name, p in model.named_parameters():  # biases and norms start as zeros and ones, which would hide mistakes
+            for (
+                name,
+                p,
+            ) in model.named_parameters():  # biases and norms start as zeros and ones, which would hide mistakes
                 if p.dim() == 1:
                     p.add_(torch.randn_like(p) * 0.1)
                 else:
@@ -349,7 +369,9 @@ class Zoo:
 def config_of(kind: str) -> Any:
     """A fresh PEFT config: PEFT changes the one it is given."""
     k = KINDS[kind]
-    settings = {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in k.config.items()}
+    settings = {
+        n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in k.config.items()
+    }
     for name, cls in (("kasa_config", "KasaConfig"), ("velora_config", "VeloraConfig"), ("use_bdlora", "BdLoraConfig")):
         if name in settings:
             settings[name] = getattr(lora_configs, cls)(**settings[name])

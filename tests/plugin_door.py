@@ -37,7 +37,9 @@ def door(site: Path, folders: list[Path]) -> list[str]:
     for folder in folders:
         project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
         groups = project["entry-points"].items()
-        text = "\n".join(f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in points.items()) for group, points in groups)
+        text = "\n".join(
+            f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in points.items()) for group, points in groups
+        )
         declared(site, project["name"], text)
     return [str(site), *map(str, folders)]
 

@@ -40,7 +40,9 @@ def test_a_process_of_its_own_answers_the_same(name: str, tmp_path: Path) -> Non
 
 def test_no_refusal_imports_a_heavy_library(answers: dict[str, Answer]) -> None:
     """Refusals run first, and a process in which one imported such a library is not used for the next."""
-    guilty = {name: answer.seen["heavy"] for name, answer in answers.items() if answer.case.code and answer.seen["heavy"]}
+    guilty = {
+        name: answer.seen["heavy"] for name, answer in answers.items() if answer.case.code and answer.seen["heavy"]
+    }
     assert guilty == {}
 
 

@@ -308,7 +308,9 @@ def test_a_fused_projection_with_permuted_heads_is_unpicked(registered, tmp_path
     from transformers.core_model_loading import Chunk, PermuteForRope, WeightConverter
 
     parts = [f".self_attn.{p}_proj." for p in "qkv"]
-    rule = WeightConverter(".self_attn.wqkv.", parts, [Chunk(0), PermuteForRope(permute_layer_names=["q_proj", "k_proj"])])
+    rule = WeightConverter(
+        ".self_attn.wqkv.", parts, [Chunk(0), PermuteForRope(permute_layer_names=["q_proj", "k_proj"])]
+    )
     config, live, disk = written_by([rule], registered, tmp_path)
     assert "model.layers.0.self_attn.wqkv.bias" in disk
     found = edges(config, shapes(disk), live)
@@ -336,7 +338,9 @@ def test_rows_of_two_parameters_that_alternate_are_refused(registered, tmp_path)
     from transformers.core_model_loading import Chunk, Interleave, WeightConverter
 
     parts = [".mlp.gate_proj.weight", ".mlp.up_proj.weight"]
-    config, _, disk = written_by([WeightConverter(".mlp.w13.weight", parts, [Interleave(0), Chunk(0)])], registered, tmp_path)
+    config, _, disk = written_by(
+        [WeightConverter(".mlp.w13.weight", parts, [Interleave(0), Chunk(0)])], registered, tmp_path
+    )
     with pytest.raises(Mismatch, match="gate_proj.weight alternate with others in model.layers.0.mlp.w13.weight"):
         edges(config, shapes(disk), ["model.layers.0.mlp.gate_proj.weight"])
 

@@ -16,7 +16,9 @@ from adaptkit.verbs.merge import planned
 
 CASES = ["llama/lora", "llama/ia3", "llama/pissa", "mixtral/target-parameters", "llama/rank-alpha-patterns"]
 EPS = {None: 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}  # the bases are bfloat16
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])

@@ -28,7 +28,9 @@ from adaptkit.store import journal
 
 MANIFEST = "adaptkit.json"
 PARALLEL = 3
-needs_mount = pytest.mark.skipif(not namespaces.permitted(), reason="mounting in a namespace of our own is not permitted here")
+needs_mount = pytest.mark.skipif(
+    not namespaces.permitted(), reason="mounting in a namespace of our own is not permitted here"
+)
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 
 
@@ -263,7 +265,9 @@ def test_two_interrupts_within_a_tenth_of_a_second_are_as_good_as_one(large, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["click", "adaptkit.cli.app", "numpy", "adaptkit.verbs.merge", "adaptkit.formats.peft"])
+@pytest.mark.parametrize(
+    "module", ["click", "adaptkit.cli.app", "numpy", "adaptkit.verbs.merge", "adaptkit.formats.peft"]
+)
 def test_an_interrupt_while_modules_are_imported_shows_no_traceback(small, tmp_path, module):
     """Ctrl-C right after pressing return, in what AdaptKit imports."""
     found = run(at(tmp_path, small), faults=f"import,SIGINT,1,{module}")
@@ -391,7 +395,9 @@ def test_inodes_that_go_away_during_the_run_end_it(small, tmp_path):
 @needs_mount
 def test_a_read_only_disk_is_refused_in_words(small, tmp_path):
     """Root ignores mode bits; a read-only mount holds for everybody."""
-    with namespaces.mounted(at(tmp_path / "disk", small), 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"') as disk:
+    with namespaces.mounted(
+        at(tmp_path / "disk", small), 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"'
+    ) as disk:
         assert_failed(run(tmp_path, before=disk.enter), disk.inside, 6, "the file system is read-only")
 
 
@@ -407,7 +413,10 @@ def test_a_file_size_limit_below_a_shard_is_an_error_in_words(small, tmp_path):
 FAILING = {
     "a header cannot be read": ("pread,EIO,1,00002-of-00004.safetensors", "model-00002-of-00004.safetensors"),
     "the base cannot be read": ("preadv,EIO,2,2-of-00004.safetensors", "2-of-00004.safetensors: cannot be read"),
-    "the adapter cannot be read": ("preadv,EIO,1+,adapter_model.safetensors", "adapter_model.safetensors: cannot be read"),
+    "the adapter cannot be read": (
+        "preadv,EIO,1+,adapter_model.safetensors",
+        "adapter_model.safetensors: cannot be read",
+    ),
     "a write fails": ("pwrite,EIO,2,.safetensors.tmp", "input/output error"),
     "a journal line fails": ("pwrite,EIO,3,.adaptkit.journal", "input/output error"),
     "the manifest fails": ("pwrite,EIO,1,adaptkit.json.tmp", "input/output error"),
@@ -433,7 +442,9 @@ def test_a_call_that_fails_ends_the_run_without_output_and_the_rerun_goes_on(sma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", ["rename,EACCES,2,.safetensors.tmp", "fsync,EIO,1,adaptkit.json.tmp", "pwrite,ENOSPC,2"])
+@pytest.mark.parametrize(
+    "faults", ["rename,EACCES,2,.safetensors.tmp", "fsync,EIO,1,adaptkit.json.tmp", "pwrite,ENOSPC,2"]
+)
 def test_an_old_output_stays_when_overwriting_it_fails(small, tmp_path, faults):
     """--overwrite replaces in one step at the end, so that whatever fails before leaves the old folder as it was."""
     place = at(tmp_path, small)
@@ -455,10 +466,22 @@ def strace(*options: str) -> list[str]:
 
 
 INJECTED = {
-    "read": ("preadv,pread64:error=EIO:when=2+", "base/model-00003-of-00004.safetensors", "model-00003-of-00004.safetensors"),
+    "read": (
+        "preadv,pread64:error=EIO:when=2+",
+        "base/model-00003-of-00004.safetensors",
+        "model-00003-of-00004.safetensors",
+    ),
     "write": ("pwrite64:error=EIO:when=1", "out.partial/.model-00002-of-00004.safetensors.tmp", "input/output error"),
-    "fsync": ("fsync,fdatasync:error=EIO:when=1", "out.partial/.model-00002-of-00004.safetensors.tmp", "input/output error"),
-    "rename a shard": ("rename,renameat2:error=EACCES:when=1", "out.partial/.model-00002-of-00004.safetensors.tmp", "permission"),
+    "fsync": (
+        "fsync,fdatasync:error=EIO:when=1",
+        "out.partial/.model-00002-of-00004.safetensors.tmp",
+        "input/output error",
+    ),
+    "rename a shard": (
+        "rename,renameat2:error=EACCES:when=1",
+        "out.partial/.model-00002-of-00004.safetensors.tmp",
+        "permission",
+    ),
     "rename the output": ("rename,renameat2:error=EXDEV:when=1", "out.partial", "out.partial"),
 }
 
@@ -519,7 +542,9 @@ def test_what_is_written_survives_a_power_cut_in_every_order(small, tmp_path):
     for name in small.wanted:
         tmp, final = f"{partial}/.{name}.tmp", f"{partial}/{name}"
         renamed = events.index(("rename", tmp, final))
-        written = [k for k, (call, path, _) in enumerate(events) if path == tmp and call in ("pwrite64", "write", "ftruncate")]
+        written = [
+            k for k, (call, path, _) in enumerate(events) if path == tmp and call in ("pwrite64", "write", "ftruncate")
+        ]
         assert written
         assert ("fsync", tmp, "") in events[max(written) : renamed], name
         safe = events.index(("fsync", partial, ""), renamed)
@@ -758,7 +783,9 @@ def test_a_bare_environment_is_enough(small, tmp_path, umask):
 @pytest.mark.slow
 def test_a_home_that_cannot_be_written_does_not_matter(small, tmp_path):
     """HOME is /proc, where not even root can make a file."""
-    assert running.merged(at(tmp_path, small), env=os.environ | {"HOME": "/proc", "HF_HOME": "/proc/hf"}) == small.wanted
+    assert (
+        running.merged(at(tmp_path, small), env=os.environ | {"HOME": "/proc", "HF_HOME": "/proc/hf"}) == small.wanted
+    )
 
 
 # -- nobody listens
@@ -818,7 +845,18 @@ def test_a_failure_that_nobody_hears_keeps_its_exit_code(small, tmp_path, device
 # -- planted code
 
 
-PLANTED = ["torch", "json", "numpy", "sitecustomize", "usercustomize", "click", "ml_dtypes", "regex", "threadpoolctl", "rich"]
+PLANTED = [
+    "torch",
+    "json",
+    "numpy",
+    "sitecustomize",
+    "usercustomize",
+    "click",
+    "ml_dtypes",
+    "regex",
+    "threadpoolctl",
+    "rich",
+]
 PLANTED += ["adaptkit", "modeling_llama", "encodings", "re", "llama", "safetensors"]
 
 

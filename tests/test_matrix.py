@@ -70,7 +70,9 @@ def merged(zoo: Zoo, kind: str, dtype: str, adapter: str, layout: str, to: str |
     out = zoo.root / "merged" / "-".join((kind, dtype, adapter, layout, str(to)))
     if not out.exists():
         file = "bin" if layout.endswith("bin") else "safetensors"
-        adaptkit.merge(zoo.base(KINDS[kind].family, dtype, layout), zoo.adapter(kind, adapter, file=file), out, dtype=to)
+        adaptkit.merge(
+            zoo.base(KINDS[kind].family, dtype, layout), zoo.adapter(kind, adapter, file=file), out, dtype=to
+        )
     return out
 
 
@@ -150,7 +152,9 @@ def tied(name: str, truth: dict[str, Tensor], got: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "dtype", "adapter", "layout"), params([c for c in cells() if c[0] in QUICK]))
-def test_what_does_not_change_is_copied_and_what_does_is_named(zoo: Zoo, kind: str, dtype: str, adapter: str, layout: str):
+def test_what_does_not_change_is_copied_and_what_does_is_named(
+    zoo: Zoo, kind: str, dtype: str, adapter: str, layout: str
+):
     """Names, shapes and dtypes stay; `changed` lists exactly the tensors with other bytes."""
     family, file = KINDS[kind].family, "bin" if layout.endswith("bin") else "safetensors"
     base, out = zoo.base(family, dtype, layout), zoo.root / "named" / "-".join((kind, dtype, adapter, layout))
@@ -183,7 +187,9 @@ def test_another_dtype_is_one_rounding_away(zoo: Zoo, kind: str, dtype: str, to:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain-tied", "tokens-tied", "embedding-tied", "tokens-gpt2", "plain-t5", "plain-opt"])
+@pytest.mark.parametrize(
+    "kind", ["plain-tied", "tokens-tied", "embedding-tied", "tokens-gpt2", "plain-t5", "plain-opt"]
+)
 def test_pickles_that_hold_tied_tensors_twice_merge_alike(zoo: Zoo, kind: str, tmp_path: Path):
     """Old .bin files hold both names of a tied tensor; the merged model computes the same."""
     family = KINDS[kind].family
@@ -198,7 +204,9 @@ def test_pickles_that_hold_tied_tensors_twice_merge_alike(zoo: Zoo, kind: str, t
     out = getattr(transformers, "AutoModelForSeq2SeqLM" if family == "t5" else "AutoModelForCausalLM").from_pretrained(
         tmp_path / "out", dtype=torch.float32
     )
-    np.testing.assert_allclose(logits(out.eval(), family), expected, rtol=0, atol=KINDS[kind].near * np.abs(expected).max())
+    np.testing.assert_allclose(
+        logits(out.eval(), family), expected, rtol=0, atol=KINDS[kind].near * np.abs(expected).max()
+    )
 
 
 # -- several adapters in one pass
@@ -214,10 +222,14 @@ def several(zoo: Zoo, kind: str, dtype: str, weights: list[float] | None, tmp_pa
     return base, got, {i: reference(kind, base, f) for i, f in enumerate(files)}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))]
+)
 @pytest.mark.parametrize(
     "kind",
-    first_quick(["plain", "experts", "plain-gpt2", "plain-mixtral", "conv", "lora-bias", "patterns", "embedding-full-path"]),
+    first_quick(
+        ["plain", "experts", "plain-gpt2", "plain-mixtral", "conv", "lora-bias", "patterns", "embedding-full-path"]
+    ),
 )
 def test_weighted_adapters_are_one_sum_with_one_rounding(zoo: Zoo, kind: str, dtype: str, tmp_path: Path):
     """W + 0.7 dA + 0.3 dB, rounded once."""
@@ -267,7 +279,9 @@ def test_dora_first_and_lora_second_run_as_pefts_two_active_adapters(zoo: Zoo, t
 
     adaptkit.merge(zoo.base("llama"), files, tmp_path / "out")
 
-    np.testing.assert_allclose(zoo.logits(tmp_path / "out", "llama"), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        zoo.logits(tmp_path / "out", "llama"), expected, rtol=0, atol=2e-6 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,7 +362,9 @@ def test_unmerging_lora_and_ia3_goes_backwards(zoo: Zoo, tmp_path: Path):
         assert (after[name] - W).norm() <= 1e-6 * W.norm(), name
 
 
-@pytest.mark.parametrize("kind", first_quick(["dora", "saved-head", "pissa", "tokens", "bias-all", "kasa", "embedding"]))
+@pytest.mark.parametrize(
+    "kind", first_quick(["dora", "saved-head", "pissa", "tokens", "bias-all", "kasa", "embedding"])
+)
 def test_what_cannot_be_taken_out_is_refused(zoo: Zoo, kind: str, tmp_path: Path):
     """The old values are gone, and the refusal says so."""
     adaptkit.merge(zoo.base("llama"), zoo.adapter(kind), tmp_path / "merged")
@@ -510,7 +526,9 @@ def faint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     W = torch.randn(384, 256, generator=made).to(torch.bfloat16)
     (root / "base").mkdir()
     save_file({"model.layers.0.q_proj.weight": W}, root / "base" / "model.safetensors", metadata={"format": "pt"})
-    (root / "base" / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (root / "base" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     for name in ("right", "other"):
         A, B = torch.randn(4, 256, generator=made), torch.randn(384, 4, generator=made)
         B *= 0.1 * float(step(W.double(), "bfloat16").mean()) / float((B @ A).std())
@@ -576,7 +594,14 @@ def bare(name: str) -> str:
 def with_name(name: str) -> str:
     """With the adapter's name in the key, as raw state dicts have it."""
     head, dot, leaf = name.rpartition(".")
-    if leaf in ("lora_embedding_A", "lora_embedding_B", "ia3_l", "lora_magnitude_vector", "lora_diag", "trainable_tokens_delta"):
+    if leaf in (
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "ia3_l",
+        "lora_magnitude_vector",
+        "lora_diag",
+        "trainable_tokens_delta",
+    ):
         return f"{name}.default" + (".weight" if leaf == "lora_magnitude_vector" else "")
     return f"{head}.default.{leaf}" if "lora_" in head else name
 
@@ -592,7 +617,10 @@ def unwrapped(name: str) -> str:
 
 
 OLD = [
-    *((k, bare) for k in ("plain", "ia3", "dora", "embedding-full-path", "saved-head", "tokens", "kasa", "lora-bias", "bdlora")),
+    *(
+        (k, bare)
+        for k in ("plain", "ia3", "dora", "embedding-full-path", "saved-head", "tokens", "kasa", "lora-bias", "bdlora")
+    ),
     *(
         (k, with_name)
         for k in ("plain", "ia3", "dora", "embedding-full-path", "tokens", "kasa", "lora-bias", "plain-gpt2", "experts")
@@ -688,7 +716,9 @@ VERSIONS = [
     ("kind", "hidden", "inner"),
     [("mixtral", 16, 16), *(pytest.param(k, 16, i, marks=pytest.mark.slow) for k, i in SHAPES)],
 )
-def test_three_packings_of_experts_give_one_merge(kind: str, hidden: int, inner: int, version, era: str, tmp_path: Path):
+def test_three_packings_of_experts_give_one_merge(
+    kind: str, hidden: int, inner: int, version, era: str, tmp_path: Path
+):
     """The same update, packed as PEFT packed it up to 0.18, in 0.19.0 and since 0.19.1, is the same; square or not."""
     base, shapes = _stacks(kind, hidden, inner, tmp_path)
     transposed = {"old": True, "middle": kind == "mixtral", "new": kind == "gpt_oss"}[era]
@@ -721,7 +751,9 @@ def test_todays_packing_is_what_installed_peft_packs(kind: str, hidden: int, inn
     base, _ = _stacks(kind, hidden, inner, tmp_path)
     load = transformers.AutoModelForCausalLM.from_pretrained
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = get_peft_model(load(base, dtype=torch.float32), LoraConfig(r=4, target_modules=[], target_parameters=targets))
+    model = get_peft_model(
+        load(base, dtype=torch.float32), LoraConfig(r=4, target_modules=[], target_parameters=targets)
+    )
     stir(model)
     model.save_pretrained(tmp_path / "adapter")
     attached = PeftModel.from_pretrained(load(base, dtype=torch.float32), tmp_path / "adapter")

@@ -947,7 +947,9 @@ def test_a_damaged_journal_yields_a_prefix_of_what_was_written(data):
     assert data[:good] == LINES[:good]
 
 
-VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just([]) | st.sampled_from(["a", "../a", "/"])
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just([]) | st.sampled_from(["a", "../a", "/"])
+)
 RECORDS = st.fixed_dictionaries({}, optional={"name": VALUES, "size": VALUES})
 
 

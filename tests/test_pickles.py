@@ -586,7 +586,19 @@ def test_every_dtype_is_read_as_torch_reads_it(tmp_path, legacy):
     """D80, D86, D88: all dtypes that safetensors names, scalars, empty tensors, parameters, views and tied tensors."""
     path, base = tmp_path / "a.bin", torch.arange(24.0)
     state: dict[str, torch.Tensor] = OrderedDict()
-    for dtype in ["float32", "float64", "float16", "bfloat16", "complex64", "uint8", "int8", "int16", "int32", "int64", "bool"]:
+    for dtype in [
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "complex64",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "bool",
+    ]:
         state[dtype] = base.to(getattr(torch, dtype)).reshape(4, 6)
     for dtype in ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]:
         state[dtype] = base.to(torch.uint8).to(getattr(torch, dtype))

@@ -65,7 +65,17 @@ def test_a_plugin_is_one_module_one_pyproject_and_one_test(folder: Path):
 def test_the_plugins_own_tests_pass(path: list[str]):
     """Each is run as its author would run it."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
-    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={ROOT}"]
+    pytest_alone = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        f"--rootdir={ROOT}",
+    ]
     done = subprocess.run([*pytest_alone, *map(str, FOLDERS)], env=env, capture_output=True, text=True, timeout=300)
 
     assert done.returncode == 0, done.stdout
@@ -227,7 +237,9 @@ def test_broken_plugins_stop_nothing_else(broken: Path):
 
 def test_a_format_that_cannot_read_is_listed_as_broken(site: Path):
     """J06: a class that lacks what every format must have."""
-    source = "from adaptkit import Format\n\nclass Bad(Format):\n    name = 'bad'\n    def sniff(self, path): return False\n"
+    source = (
+        "from adaptkit import Format\n\nclass Bad(Format):\n    name = 'bad'\n    def sniff(self, path): return False\n"
+    )
     _package(site, "bad", source, "[adaptkit.formats]\nbad = bad:Bad\n")
 
     assert "does not define read" in _listed(site)["bad"]["about"]
@@ -314,7 +326,15 @@ def test_merge_imports_no_plugin_that_it_does_not_use(site: Path, tmp_path: Path
     _eager(site)
     out = tmp_path / "out"
 
-    done = run([str(site)], "merge", FIXTURES / "models" / "gpt2", FIXTURES / "adapters" / "gpt2" / "lora", "-o", out, "--quiet")
+    done = run(
+        [str(site)],
+        "merge",
+        FIXTURES / "models" / "gpt2",
+        FIXTURES / "adapters" / "gpt2" / "lora",
+        "-o",
+        out,
+        "--quiet",
+    )
 
     assert (out / "model.safetensors").exists()
     assert "imported" not in done.stderr
@@ -359,7 +379,10 @@ class Fail(Format):
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("x.fail", "layers.0.lin.weight: tuner 'fails' of adaptkit-fails failed (KeyError: 'nothing'); tell its author"),
+        (
+            "x.fail",
+            "layers.0.lin.weight: tuner 'fails' of adaptkit-fails failed (KeyError: 'nothing'); tell its author",
+        ),
         ("y.fail", "format 'fail' of adaptkit-fails failed (ZeroDivisionError: division by zero); tell its author"),
     ],
 )
@@ -390,7 +413,10 @@ def test_a_missing_extra_of_a_plugin_is_not_called_an_extra_of_ours(site: Path):
     """Only our own packages are asked for by adaptkit[...]."""
     _package(site, "needy", "import no_such_module", "[adaptkit.formats]\nneedy = needy:Needy\n")
 
-    assert _listed(site)["needy"]["about"] == "format 'needy' of adaptkit-needy needs no_such_module; pip install no_such_module"
+    assert (
+        _listed(site)["needy"]["about"]
+        == "format 'needy' of adaptkit-needy needs no_such_module; pip install no_such_module"
+    )
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(plugins):

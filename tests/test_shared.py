@@ -67,4 +67,6 @@ def test_the_notes_of_a_file_survive_unless_they_became_untrue(tmp_path: Path):
     tied, same = load_file(tmp_path / "tied/model.safetensors"), load_file(tmp_path / "same/model.safetensors")
     assert tied.keys() == same.keys()
     assert all(torch.equal(tied[n], same[n]) for n in same)
-    assert torch.equal(load_file(tmp_path / "untied/model.safetensors")["model.embed_tokens.weight"], same["model.embed_tokens.weight"])
+    assert torch.equal(
+        load_file(tmp_path / "untied/model.safetensors")["model.embed_tokens.weight"], same["model.embed_tokens.weight"]
+    )

@@ -49,7 +49,9 @@ class Commands(click.Group):
             import difflib
 
             near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            raise click.UsageError(f"{e.message.rstrip('.')}" + (f" Did you mean {near[0]!r}?" if near else "")) from None
+            raise click.UsageError(
+                f"{e.message.rstrip('.')}" + (f" Did you mean {near[0]!r}?" if near else "")
+            ) from None
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -140,7 +142,9 @@ def _failed(e: BaseException) -> int:
         return 6
     if isinstance(e, SystemExit):
         return e.code if isinstance(e.code, int) else 1
-    _say(f"error: adaptkit: a bug of ours, {type(e).__name__}: {quoted(e)}; please report it with the output of --debug")
+    _say(
+        f"error: adaptkit: a bug of ours, {type(e).__name__}: {quoted(e)}; please report it with the output of --debug"
+    )
     return 1
 
 

@@ -38,7 +38,9 @@ def _lines(found: Any) -> list[tuple[str, str]]:
     if found.rank is not None:
         lines.append(("rank", f"{found.rank}   alpha {_number(found.alpha)}"))
     if found.targets:
-        lines.append(("targets", f"{found.sites} modules: " + ", ".join(f"{quoted(t)} x {n}" for t, n in found.targets.items())))
+        lines.append(
+            ("targets", f"{found.sites} modules: " + ", ".join(f"{quoted(t)} x {n}" for t, n in found.targets.items()))
+        )
     if found.layers:
         lines.append(("layers", f"{found.layers[0]} to {found.layers[-1]}, {len(found.layers)} of them"))
     if found.whole:

@@ -20,7 +20,9 @@ from .progress import bar
 @click.option("--allow-nonfinite", is_flag=True, help="Keep going when a merged number is NaN or infinite.")
 @click.option("--dry-run", is_flag=True, help="Show what would change, by how much memory and disk, and write nothing.")
 @words.printing
-def command(base: str, adapters: tuple[str, ...], output: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    base: str, adapters: tuple[str, ...], output: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Merge adapters into a base model, on files.
 
     BASE is a model folder or weight file, ADAPTER a folder or file. OUT appears when it is complete; a run that was
@@ -64,13 +66,25 @@ def _rehearse(base: str, adapters: tuple[str, ...], output: Path, as_json: bool,
     if as_json:
         click.echo(words.as_json(found))
         return
-    columns = [("tensor", "left"), ("change", "left"), ("shape", "right"), ("dtype", "left"), ("tensors", "right"), ("size", "right")]
+    columns = [
+        ("tensor", "left"),
+        ("change", "left"),
+        ("shape", "right"),
+        ("dtype", "left"),
+        ("tensors", "right"),
+        ("size", "right"),
+    ]
     rows = [
-        (g.name, g.what, " x ".join(map(str, g.shape)), g.dtype, str(g.tensors), words.human(g.bytes)) for g in found.groups
+        (g.name, g.what, " x ".join(map(str, g.shape)), g.dtype, str(g.tensors), words.human(g.bytes))
+        for g in found.groups
     ]
     words.table(columns, rows)
-    click.echo(f"{found.changed} of {found.tensors} tensors would change; {words.human(found.copied)} would only be copied")
+    click.echo(
+        f"{found.changed} of {found.tensors} tensors would change; {words.human(found.copied)} would only be copied"
+    )
     click.echo(f"memory: at most {words.human(found.memory)}")
     room = "fits" if found.fits else "DOES NOT FIT"
-    click.echo(f"disk:   {words.human(found.bytes)} in {len(found.files)} file(s), {words.human(found.free)} free: {room}")
+    click.echo(
+        f"disk:   {words.human(found.bytes)} in {len(found.files)} file(s), {words.human(found.free)} free: {room}"
+    )
     click.echo("nothing was written")

@@ -12,7 +12,9 @@ from . import words
 
 @click.command("targets")
 @click.argument("model")
-@click.option("--target-modules", metavar="REGEX|LIST", help="A pattern for whole names, or names such as q_proj,v_proj.")
+@click.option(
+    "--target-modules", metavar="REGEX|LIST", help="A pattern for whole names, or names such as q_proj,v_proj."
+)
 @click.option("--layers", metavar="0-3,7", help="Only these layers.")
 @click.option("--layers-pattern", metavar="NAME", help="What stands before the layer's number, such as layers.")
 @click.option("--exclude-modules", metavar="REGEX|LIST", help="Leave these out.")

@@ -16,7 +16,7 @@ DTYPES = click.Choice(["keep", "float32", "bfloat16", "float16"])
 
 
 class Weights(click.ParamType):
-    """"0.7,0.3" as two numbers."""
+    """ "0.7,0.3" as two numbers."""
 
     name = "w1,w2,..."
 
@@ -26,15 +26,21 @@ class Weights(click.ParamType):
         try:
             return [float(part) for part in value.split(",")]
         except ValueError:
-            raise Usage(f"{quoted(value)!r} is not a list of numbers", where="--weights", hint="write it as 0.7,0.3") from None
+            raise Usage(
+                f"{quoted(value)!r} is not a list of numbers", where="--weights", hint="write it as 0.7,0.3"
+            ) from None
 
 
 def output(f: Callable) -> Callable:
-    return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make.")(f)
+    return click.option(
+        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make."
+    )(f)
 
 
 def weights(f: Callable) -> Callable:
-    return click.option("--weights", type=Weights(), help="How much of each adapter's update is taken, such as 0.7,0.3.")(f)
+    return click.option(
+        "--weights", type=Weights(), help="How much of each adapter's update is taken, such as 0.7,0.3."
+    )(f)
 
 
 def writing(f: Callable) -> Callable:
@@ -93,4 +99,8 @@ def table(columns: list[tuple[str, str]], rows: list[tuple], title: str | None =
     for row in rows:
         made.add_row(*(quoted(cell) for cell in row))
     console = Console(markup=False, highlight=False, emoji=False)
-    console.print(made) if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=160).print(made)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, emoji=False, width=160)
+    with console.capture() as drawn:  # rich has its own way with closed pipes
+        console.print(made)
+    click.echo(drawn.get(), nl=False)

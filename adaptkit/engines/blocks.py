@@ -167,7 +167,9 @@ class Tensor:
         top = INFINITE[self.target.dtype]
         bits = np.frombuffer(copied, f"i{dtype.itemsize}")
         # as integers, positive floats sort by size, and negative ones sort by size when read without a sign
-        if bits.max(initial=0) >= top or bits.view(f"u{dtype.itemsize}").max(initial=0) >= top + (1 << (8 * dtype.itemsize - 1)):
+        if bits.max(initial=0) >= top or bits.view(f"u{dtype.itemsize}").max(initial=0) >= top + (
+            1 << (8 * dtype.itemsize - 1)
+        ):
             space.warnings[f"{quoted(self.target.name)}: the base holds NaN or infinite values; they stay"] = None
 
     def _block(self, first: int, last: int, into: np.ndarray, space: Workspace) -> None:
@@ -214,7 +216,13 @@ class Tensor:
         return alone
 
     def _look(
-        self, first: int, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, alone: dict[int, float], space: Workspace
+        self,
+        first: int,
+        before: np.ndarray,
+        exact: np.ndarray,
+        stored: np.ndarray,
+        alone: dict[int, float],
+        space: Workspace,
     ) -> None:
         update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
         space.looks.append(Look(self.target.name, first, update, lost, alone, not before.any()))

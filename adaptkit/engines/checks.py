@@ -13,7 +13,7 @@ from ..select import Select
 from ..store.arrays import FLOATS, load
 from ..store.checkpoint import Checkpoint, warn
 from ..store.entry import Entry
-from ..store.names import PREFIXES, direct, prefixes
+from ..store.names import PREFIXES
 from ..tuners.base import Tuner
 
 
@@ -21,7 +21,11 @@ def config(checkpoint: Checkpoint) -> None:
     """config.json against the tensors. Raises Unsafe for a setting that would run code when the model is loaded."""
     found = checkpoint.config
     if found.get("trust_remote_code"):
-        raise Unsafe("sets trust_remote_code, which would run code when the model is loaded", where="config.json", hint="remove it")
+        raise Unsafe(
+            "sets trust_remote_code, which would run code when the model is loaded",
+            where="config.json",
+            hint="remove it",
+        )
     if found.get("_attn_implementation_internal"):
         warn("config.json sets _attn_implementation_internal, which names code to fetch; copied, never followed")
     if found.get("auto_map"):
@@ -31,7 +35,9 @@ def config(checkpoint: Checkpoint) -> None:
 
 def _sizes(checkpoint: Checkpoint, found: dict[str, Any]) -> None:
     text = found.get("text_config") if isinstance(found.get("text_config"), dict) else found
-    embedding = next((e for n, e in checkpoint.entries.items() if n.endswith("embed_tokens.weight") and len(e.shape) == 2), None)
+    embedding = next(
+        (e for n, e in checkpoint.entries.items() if n.endswith("embed_tokens.weight") and len(e.shape) == 2), None
+    )
     if embedding is not None:
         for key, size in (("vocab_size", embedding.shape[0]), ("hidden_size", embedding.shape[1])):
             if isinstance(text.get(key), int) and text[key] != size:
@@ -53,13 +59,14 @@ def main_dtype(entries: dict[str, Entry]) -> str:
 def saved_modules(adapter: Adapter, names: list[str]) -> None:
     """Raises Mismatch when modules_to_save names a module of the model whose tensors the adapter lacks."""
     modules = {n.rpartition(".")[0] for n in names}
-    known = prefixes(names)
-    have = {d for n in adapter.whole if (d := direct(n, names, known))} | adapter.whole.keys()
+    have = [f".{n.rpartition('.')[0]}." for n in adapter.whole]
     implied = adapter.about.get("implied_heads") or ()
     for wanted in [w for w in adapter.about.get("modules_to_save") or () if w not in implied]:
         mine = [m for m in modules if wanted and (m == wanted or m.endswith(f".{wanted}"))]
-        if mine and not any(h.rpartition(".")[0] == m or h.startswith(f"{m}.") for h in have for m in mine):
-            raise Mismatch(f"modules_to_save names {quoted(wanted)}, but the file lacks its tensors", hint="fetch it again")
+        if mine and not any(f".{wanted}." in h for h in have):
+            raise Mismatch(
+                f"modules_to_save names {quoted(wanted)}, but the file lacks its tensors", hint="fetch it again"
+            )
 
 
 def coverage(adapter: Adapter, names: list[str]) -> None:
@@ -79,7 +86,9 @@ def coverage(adapter: Adapter, names: list[str]) -> None:
     have = {_bare(s) for s in adapter.sites} | {_bare(n.rpartition(".")[0]) for n in adapter.whole}
     silent = [m for m in chosen.hits(modules) if _bare(m) not in have]
     if silent:
-        warn(f"target_modules covers {some(silent)}, but the adapter holds nothing for {'it' if len(silent) == 1 else 'them'}")
+        warn(
+            f"target_modules covers {some(silent)}, but the adapter holds nothing for {'it' if len(silent) == 1 else 'them'}"
+        )
     if ghosts := [t for t in targets if t and not any(s == t or s.endswith(f".{t}") for s in adapter.sites)]:
         warn(f"target_modules names {some(sorted(ghosts))}, which the adapter holds nothing for")
 

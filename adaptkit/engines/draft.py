@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..adapter import Adapter, Site
 from ..errors import AdaptKitError, Mismatch, quoted
 from ..store.arrays import WORDS, load, shape_of
@@ -80,43 +82,70 @@ def draft(
 def _whole(d: _Draft, adapter: Adapter, weight: float) -> None:
     """Tensors replaced outright. New ones are added when the adapter's settings name them."""
     known = prefixes(d.shapes)
-    places = {name: found for name in adapter.whole if (found := direct(name, d.targets, known))}
+    places = {n: [Edge(n, found)] for n in adapter.whole if (found := direct(n, d.targets, known))}
     lost = [n for n in adapter.whole if n not in places and not (d.ends.head is None and d.ends.is_end(n))]
     if lost:
-        places |= _renamed(d, adapter, lost)
+        places |= locate(d.config, d.shapes, lost, optional=lost)
+        _added(d, adapter, [n for n in lost if n not in places])
     for name, value in adapter.whole.items():
-        _replace(d, adapter, name, places.get(name) or name, value, weight)
+        for edge in places.get(name) or [Edge(name, name)]:
+            _replace(d, adapter, name, edge, value, weight)
     checks.saved_modules(adapter, list(d.targets))
 
 
-def _renamed(d: _Draft, adapter: Adapter, lost: list[str]) -> dict[str, str]:
-    found = locate(d.config, d.shapes, lost, optional=lost)
-    places = {name: e[0].disk for name, e in found.items() if len(e) == 1 and e[0] == Edge(e[0].parameter, e[0].disk)}
-    heads = adapter.about.get("modules_to_save") or ()
-    for name in set(lost) - places.keys():
+def _added(d: _Draft, adapter: Adapter, lost: list[str]) -> None:
+    """Raises Mismatch for a tensor that the base lacks, unless it belongs to a head that the settings name."""
+    heads = [h for h in adapter.about.get("modules_to_save") or () if h]
+    for name in lost:
         path = name.rpartition(".")[0]
-        if any(path.endswith(h) or f".{h}." in f".{path}" for h in heads if h):
-            continue  # a head that the base does not have: it is added
-        raise Mismatch(f"{quoted(name)} is not in the model, and modules_to_save does not name it")
-    return places
+        if not any(path.endswith(h) or f".{h}." in f".{path}" for h in heads):
+            raise Mismatch(f"{quoted(name)} is not in the model, and modules_to_save does not name it")
 
 
-def _replace(d: _Draft, adapter: Adapter, name: str, disk: str, value: Any, weight: float) -> None:
+def _replace(d: _Draft, adapter: Adapter, name: str, edge: Edge, value: Any, weight: float) -> None:
+    disk = edge.disk
     if d.ends.drops(disk, adapter):
         return
     if weight != 1:
-        raise Mismatch(f"replaces {quoted(name)} outright, which cannot be weighted by {weight:g}", hint="give it weight 1")
+        raise Mismatch(
+            f"replaces {quoted(name)} outright, which cannot be weighted by {weight:g}", hint="give it weight 1"
+        )
+    if edge.disk_rows or edge.disk_expert is not None:
+        raise Mismatch(f"replaces {quoted(name)}, which the base stores as a part of {quoted(disk)}", hint=RESAVE)
     old = d.targets.get(disk)
-    if old is None and disk.rpartition(".")[2] not in ("weight", "bias"):
-        return  # a counter or buffer of a head that the base does not have
-    if old is not None and old.replaced and not _equal(old.source, value):
+    source = part_of(value, edge)
+    if old is not None and old.replaced and not _equal(old.source, source):
         raise Mismatch(f"two adapters replace {quoted(name)} by different tensors", hint="merge one of them")
-    source = value if isinstance(value, Entry) else load(value, "f4")
     stored = d.dtype or (old.dtype if old is not None else checks.main_dtype(d.entries))
     new = target(disk, source, stored, replaced=True)
     if old is not None and new.shape != old.shape and not d.ends.may_resize(disk, old.shape, new.shape, adapter):
         raise Mismatch(f"{quoted(name)}: the adapter's is {list(new.shape)}, the model has {list(old.shape)}")
     d.targets[disk] = new
+
+
+RESAVE = "save the base with the names that the model uses"
+
+
+def part_of(value: Any, edge: Edge) -> Entry | np.ndarray:
+    """The part of a whole tensor that lies under one name on disk; without reading it where its bytes are in one piece."""
+    plain = isinstance(value, Entry) and value.plain and not edge.transposed and edge.permutation is None
+    if not plain:
+        array = load(value, "f4")
+        array = array[edge.expert] if edge.expert is not None else array
+        array = array[slice(*edge.rows)] if edge.rows else array
+        array = array.T if edge.transposed else array
+        return np.ascontiguousarray(array[list(edge.permutation)] if edge.permutation is not None else array)
+    if edge.expert is not None:
+        value = _rows_of(value, edge.expert, edge.expert + 1)
+        value = replace(value, shape=value.shape[1:])
+    return _rows_of(value, *edge.rows) if edge.rows else value
+
+
+def _rows_of(entry: Entry, start: int, stop: int) -> Entry:
+    row = entry.nbytes // max(entry.shape[0], 1)
+    return replace(
+        entry, shape=(stop - start, *entry.shape[1:]), offset=entry.offset + start * row, nbytes=(stop - start) * row
+    )
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -203,7 +232,10 @@ def _add(d: _Draft, disk: str, change: Change) -> None:
     if t.changes and t.view != view:
         raise Mismatch(f"{quoted(disk)} is changed as a kernel and as a stack")
     if not change.tuner.follows and any(c.adapter != change.adapter and c.what == change.what for c in t.changes):
-        raise Mismatch(f"{change.tuner.name} must be the only change of {quoted(disk)}, or the first", hint="merge one adapter at a time")
+        raise Mismatch(
+            f"{change.tuner.name} must be the only change of {quoted(disk)}, or the first",
+            hint="merge one adapter at a time",
+        )
     d.targets[disk] = replace(t, view=view, changes=[*t.changes, change])
 
 
@@ -228,5 +260,3 @@ def _order(d: _Draft) -> None:
     names = [n for n, t in d.targets.items() if t.changes or t.replaced]
     if not names:
         raise Mismatch("nothing in the model would change")
-
-

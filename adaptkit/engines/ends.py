@@ -7,7 +7,7 @@ merge is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddi
 HEADS = ("lm_head", "embed_out")
 LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 PLAIN_HEAD = ("ForCausalLM", "LMHeadModel")  # whose head is one Linear, the same tied or not
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"]
+TOKENIZER = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json"
+).split()
 
 
 class Ends:
@@ -74,7 +77,9 @@ class Ends:
         return entries, _untied(config)
 
     def _needs_untying(self, adapter: Adapter) -> bool:
-        embedding, head = self._change(adapter, self.is_embedding), self._change(adapter, self.is_end)
+        # rows trained for the embedding alone are meant for both ends of a tied model; those of the head are its own
+        tokens = self._change(adapter, self.is_end, tokens=True) is not None
+        embedding, head = (self._change(adapter, end, tokens) for end in (self.is_embedding, self.is_end))
         if embedding is None and head is None:
             return False
         if embedding is not None and head is not None and _alike(embedding, head):
@@ -82,10 +87,10 @@ class Ends:
             return False
         return True
 
-    def _change(self, adapter: Adapter, is_mine) -> Any:
-        """What an adapter does to one end: a site or a tensor. Token rows are meant for both ends of a tied model."""
+    def _change(self, adapter: Adapter, is_mine: Callable[[str], bool], tokens: bool) -> Any:
+        """What an adapter does to one end: a site or a tensor. tokens: whether rows of tokens count."""
         for path, site in adapter.sites.items():
-            if path and site.tuner.name != "tokens" and is_mine(f"{path}.weight"):
+            if path and (tokens or site.tuner.name != "tokens") and is_mine(f"{path}.weight"):
                 return site
         return next((value for name, value in adapter.whole.items() if is_mine(name)), None)
 
@@ -180,7 +185,11 @@ def _embedding_kept(entries: dict[str, Entry], notes: dict[str, str]) -> dict[st
 def _labels(targets: dict[str, Target], config: dict[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
     """config.json with as many labels as a replaced classification head has rows."""
     kinds = {a.about.get("task_type") for a in adapters}
-    heads = [t for n, t in targets.items() if t.replaced and n.rpartition(".")[0].rpartition(".")[2] in ("classifier", "score", "out_proj")]
+    heads = [
+        t
+        for n, t in targets.items()
+        if t.replaced and n.rpartition(".")[0].rpartition(".")[2] in ("classifier", "score", "out_proj")
+    ]
     if not kinds & {"SEQ_CLS", "TOKEN_CLS"} or not heads or len(heads[-1].shape) != 2:
         return config
     n = heads[-1].shape[0]
@@ -216,7 +225,9 @@ def _is_language(config: dict[str, Any]) -> bool:
 
 
 def _named(entries: dict[str, Entry], leaves: tuple[str, ...]) -> str | None:
-    names = {n.removesuffix(".weight").rpartition(".")[2]: n for n in entries if n.endswith(".weight") and n.count(".") < 5}
+    names = {
+        n.removesuffix(".weight").rpartition(".")[2]: n for n in entries if n.endswith(".weight") and n.count(".") < 5
+    }
     return next((names[leaf] for leaf in leaves if leaf in names), None)
 
 
@@ -227,6 +238,8 @@ def _alike(a: Any, b: Any) -> bool:
         return same and bool((load(a) == load(b)).all())
     mine = {k: load(v, "f4") for k, v in a.params.items()}
     other = {k: load(v, "f4") for k, v in b.params.items()}
+    if set(mine) == set(other) == {"index", "rows"}:
+        return all(mine[k].shape == other[k].shape and (mine[k] == other[k]).all() for k in mine)
     if set(mine) != {"A", "B"} or set(other) != {"A", "B"} or a.tuner.scale != b.tuner.scale:
         return False
     pairs = [(mine["A"], other["A"]), (mine["B"], other["B"])]

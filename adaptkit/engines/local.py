@@ -210,5 +210,3 @@ def expected(plan: Plan, folder: Path, names: set[str] | None = None) -> Iterato
                 yield target, Tensor(spill.ready(target), sample=1)
     finally:
         spill.close()
-
-

@@ -22,7 +22,9 @@ def square(tuner: Tuner, parameter: str, config: Mapping[str, Any], adapter: Ada
     leaf = parameter.removesuffix(".weight").rpartition(".")[2]
     turned = kind in CONV1D and leaf in CONV1D_LEAVES
     if not turned and adapter.about.get("fan_in_fan_out") and kind not in CONV1D:
-        warn(f"fan_in_fan_out is on, but {kind or 'this model'} stores its weights as (out, in); taken as off, as PEFT does")
+        warn(
+            f"fan_in_fan_out is on, but {kind or 'this model'} stores its weights as (out, in); taken as off, as PEFT does"
+        )
     # embeddings come with their orientation; nothing else does unless the settings say so
     return turned or (getattr(tuner, "transposed", False) and not adapter.about.get("fan_in_fan_out"))
 

@@ -73,7 +73,10 @@ class Change:
     @property
     def _ghost(self) -> dict[str, np.ndarray]:
         """Params of the right shapes that take no memory, to ask the tuner what it can do."""
-        p = {k: np.broadcast_to(np.zeros((), "i8" if k == "index" else "f4"), shape_of(v)) for k, v in self.params.items()}
+        p = {
+            k: np.broadcast_to(np.zeros((), "i8" if k == "index" else "f4"), shape_of(v))
+            for k, v in self.params.items()
+        }
         return self.tuner.one(p, self.expert, self.experts) if self.expert is not None else p
 
 
@@ -100,7 +103,12 @@ class Target:
     @property
     def copied(self) -> bool:
         """Whether its bytes are the source's bytes."""
-        return not self.changes and isinstance(self.source, Entry) and self.source.plain and self.source.dtype == self.dtype
+        return (
+            not self.changes
+            and isinstance(self.source, Entry)
+            and self.source.plain
+            and self.source.dtype == self.dtype
+        )
 
     @property
     def whole(self) -> bool:
@@ -164,7 +172,11 @@ class Plan:
 
 
 def _source(t: Target) -> str:
-    return f"{t.source.file.name}@{t.source.offset}" if isinstance(t.source, Entry) else hashlib.sha256(t.source.tobytes()).hexdigest()
+    return (
+        f"{t.source.file.name}@{t.source.offset}"
+        if isinstance(t.source, Entry)
+        else hashlib.sha256(t.source.tobytes()).hexdigest()
+    )
 
 
 def _summary(c: Change) -> tuple:

@@ -49,7 +49,9 @@ def _repeat(entries: Mapping[str, Entry], order: list[int]) -> dict[str, Entry]:
 
 def _deeper(config: dict[str, Any], count: int) -> dict[str, Any]:
     key = next((k for k in COUNTS if k in config), COUNTS[0])
-    lists = {k: v for k, v in config.items() if isinstance(v, list) and len(v) == config.get(key) and k == "layer_types"}
+    lists = {
+        k: v for k, v in config.items() if isinstance(v, list) and len(v) == config.get(key) and k == "layer_types"
+    }
     if lists:
         raise Mismatch("layer_replication on a model whose layers differ in type (layer_types) is not supported")
     return {**config, key: count}

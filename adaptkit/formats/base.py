@@ -66,6 +66,12 @@ def _recognises(name: str, path: Path) -> bool:
 def _nothing_fits(path: Path) -> AdaptKitError:
     if path.is_dir() and (path / "config.json").exists():
         return Usage("this is a model, not an adapter", where=path, hint="give the base model first, then the adapter")
-    seen = f"it holds {some(sorted(p.name for p in path.iterdir()))}" if path.is_dir() else f"it ends in {path.suffix or 'nothing'}"
+    seen = (
+        f"it holds {some(sorted(p.name for p in path.iterdir()))}"
+        if path.is_dir()
+        else f"it ends in {path.suffix or 'nothing'}"
+    )
     installed = ", ".join(registry.names("formats"))
-    return Mismatch(f"no installed format ({installed}) recognises it; {seen}", where=path, hint="convert it to PEFT's format")
+    return Mismatch(
+        f"no installed format ({installed}) recognises it; {seen}", where=path, hint="convert it to PEFT's format"
+    )

@@ -63,7 +63,9 @@ def dtype_of(value: Any) -> str:
     """The dtype of a param, as safetensors spells it."""
     if isinstance(value, Entry):
         return value.dtype
-    return {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}.get(str(value.dtype).rpartition(".")[2], "F32")
+    return {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}.get(
+        str(value.dtype).rpartition(".")[2], "F32"
+    )
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, name: object) -> None:
@@ -81,7 +83,9 @@ def read_into(fd: int, buffer: memoryview, offset: int, name: object) -> None:
 
 def _read(entry: Entry) -> np.ndarray:
     if entry.dtype not in NUMPY:
-        raise Mismatch(f"{quoted(entry.name)!r} has dtype {entry.dtype}, which cannot be computed with", where=entry.file.name)
+        raise Mismatch(
+            f"{quoted(entry.name)!r} has dtype {entry.dtype}, which cannot be computed with", where=entry.file.name
+        )
     dtype = NUMPY[entry.dtype]
     if entry.strides is None:
         return np.frombuffer(raw_bytes(entry), dtype).reshape(entry.shape)
@@ -94,7 +98,9 @@ def raw_bytes(entry: Entry) -> bytearray:
     """The bytes of an entry: of a view that is not contiguous, all those from its first to its last element."""
     length = entry.nbytes
     if entry.strides is not None and entry.numel:
-        length = (1 + sum((n - 1) * s for n, s in zip(entry.shape, entry.strides, strict=True))) * NUMPY[entry.dtype].itemsize
+        length = (1 + sum((n - 1) * s for n, s in zip(entry.shape, entry.strides, strict=True))) * NUMPY[
+            entry.dtype
+        ].itemsize
     fd = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if entry.packed:
@@ -115,5 +121,7 @@ def _inflate(fd: int, entry: Entry) -> bytes:
     except zlib.error as e:
         raise Corrupt(f"{quoted(entry.name)!r} cannot be inflated ({e})", where=entry.file.name) from None
     if len(data) != size:
-        raise Corrupt(f"{quoted(entry.name)!r} inflates to {len(data):,} bytes, {size:,} expected", where=entry.file.name)
+        raise Corrupt(
+            f"{quoted(entry.name)!r} inflates to {len(data):,} bytes, {size:,} expected", where=entry.file.name
+        )
     return data

@@ -47,7 +47,9 @@ class Checkpoint:
         if not where.exists():
             if self.path.is_file():
                 return {}
-            raise Corrupt("not found", where="config.json", hint=f"a model folder holds one ({quoted(self.path)} does not)")
+            raise Corrupt(
+                "not found", where="config.json", hint=f"a model folder holds one ({quoted(self.path)} does not)"
+            )
         return read_json(where)
 
     @property
@@ -180,7 +182,9 @@ def _single(path: Path) -> Path:
     if len(found) == 1:
         return inside(path, found[0].name)
     if found:
-        raise Corrupt(f"{len(found)} weight files and no index ({some(p.name for p in found)})", where=path, hint="name one")
+        raise Corrupt(
+            f"{len(found)} weight files and no index ({some(p.name for p in found)})", where=path, hint="name one"
+        )
     raise Corrupt("no weights found", where=path, hint="a model folder holds model.safetensors or pytorch_model.bin")
 
 
@@ -191,7 +195,9 @@ def _index(path: Path) -> Path | None:
         return None
     single = path / found[0].name.removesuffix(".index.json")
     if single.exists() and single.name not in set(_weight_map(found[0]).values()):
-        raise Corrupt(f"both {single.name} and {found[0].name} are there", where=path, hint="remove the one that is stale")
+        raise Corrupt(
+            f"both {single.name} and {found[0].name} are there", where=path, hint="remove the one that is stale"
+        )
     if found[0].name.startswith("pytorch_model") and (path / SINGLE[0]).exists():
         return None
     return found[0]
@@ -272,4 +278,3 @@ def _stamp(file: Path) -> tuple[int, int, int]:
 def warn(text: str) -> None:
     """Say something on a run that goes on."""
     warnings.warn(text, AdaptKitWarning, stacklevel=3)
-

@@ -44,7 +44,9 @@ class Edge:
     permutation: tuple[int, ...] | None = None
 
 
-def edges(config: Mapping[str, Any], disk: Mapping[str, tuple[int, ...]], wanted: Collection[str]) -> dict[str, list[Edge]]:
+def edges(
+    config: Mapping[str, Any], disk: Mapping[str, tuple[int, ...]], wanted: Collection[str]
+) -> dict[str, list[Edge]]:
     """For every wanted name, in the model's layout or the file's or an older one, the disk tensors that hold it.
 
     config: the parsed config.json (not trusted).    disk: names and shapes of the checkpoint.
@@ -188,7 +190,9 @@ def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
         raise Untraceable(f"{len(tensors)} tensors to be stacked have different shapes, {first} is the first")
     dim %= len(first) + 1
     new = {None: None} | {axis: axis + (axis >= dim) for axis in range(len(first))}
-    pieces = [p.moved((*p.box[:dim], range(i, i + 1), *p.box[dim:]), new) for i, t in enumerate(tensors) for p in t.pieces]
+    pieces = [
+        p.moved((*p.box[:dim], range(i, i + 1), *p.box[dim:]), new) for i, t in enumerate(tensors) for p in t.pieces
+    ]
     return Traced((*first[:dim], len(tensors), *first[dim:]), pieces)
 
 

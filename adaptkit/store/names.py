@@ -29,13 +29,20 @@ def direct(wanted: str, disk: Collection[str], prefixes: Collection[str]) -> str
 
 # the base_model_prefix of the families people adapt
 PREFIXES = frozenset(
-    ["model", "transformer", "bert", "roberta", "distilbert", "electra", "albert", "deberta", "camembert", "xlm_roberta", "gpt_neox", "vit", "deit", "beit", "encoder", "decoder", "backbone", "vision_model", "text_model", "language_model", "bart", "rwkv", "mamba", "longformer", "mpnet", "convbert", "funnel", "wav2vec2", "hubert", "whisper", "clip", "siglip", "dinov2", "swin", "segformer", "esm", "ernie", "nezha", "squeezebert"]
+    (
+        "model transformer bert roberta distilbert electra albert deberta camembert xlm_roberta gpt_neox vit deit "
+        "beit encoder decoder backbone vision_model text_model language_model bart rwkv mamba longformer mpnet "
+        "convbert funnel wav2vec2 hubert whisper clip siglip dinov2 swin segformer esm ernie nezha squeezebert"
+    ).split()
 )
 
 
 # model types that transformers loads by the names on disk: its tables, slow to import, have nothing to say about them
 PLAIN = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "opt", "gpt2", "gptj", "gpt_bigcode", "bert", "roberta", "distilbert", "electra", "t5", "mt5", "falcon", "bloom", "mpt", "stablelm", "starcoder2", "olmo", "olmo2", "cohere", "cohere2", "bart", "whisper"]
+    (
+        "llama mistral qwen2 qwen3 phi phi3 gemma gemma2 gemma3_text opt gpt2 gptj gpt_bigcode bert roberta "
+        "distilbert electra t5 mt5 falcon bloom mpt stablelm starcoder2 olmo olmo2 cohere cohere2 bart whisper"
+    ).split()
 )
 
 
@@ -45,7 +52,10 @@ def prefixes(disk: Collection[str]) -> list[str]:
 
 
 def locate(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], sites: Collection[str], optional: Collection[str] = ()
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    sites: Collection[str],
+    optional: Collection[str] = (),
 ) -> dict[str, list[Edge]]:
     """Where each site's parameter lies on disk: {site: edges}.
 
@@ -69,7 +79,9 @@ def _direct_site(site: str, shapes: Mapping[str, tuple[int, ...]], known: Collec
     return None
 
 
-def _converted(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lost: Collection[str]) -> dict[str, list[Edge]]:
+def _converted(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], lost: Collection[str]
+) -> dict[str, list[Edge]]:
     if config.get("model_type") in (None, *PLAIN):
         return {}
     from . import conversions

@@ -93,7 +93,9 @@ def _parse(path: Path, raw: bytes, size: int) -> tuple[dict[str, Entry], dict[st
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Corrupt("__metadata__ holds something that is not text")
     start, data = 8 + len(raw), size - 8 - len(raw)
-    entries = sorted((_entry(path, name, info, start) for name, info in table.items()), key=lambda e: (e.offset, e.nbytes))
+    entries = sorted(
+        (_entry(path, name, info, start) for name, info in table.items()), key=lambda e: (e.offset, e.nbytes)
+    )
     _gap_free(entries, start, data)
     return {e.name: e for e in entries}, metadata
 
@@ -122,9 +124,7 @@ def _gap_free(entries: list[Entry], start: int, data: int) -> None:
             raise Corrupt(f"the bytes of {quoted(e.name)!r} begin at {e.offset - start:,}, {at - start:,} expected")
         at += e.nbytes
     if at - start > data:
-        raise Corrupt(
-            f"file has {start + data:,} bytes, its header needs {at:,} (truncated?)", hint="fetch it again"
-        )
+        raise Corrupt(f"file has {start + data:,} bytes, its header needs {at:,} (truncated?)", hint="fetch it again")
     if at - start < data:
         raise Corrupt(f"file has {start + data:,} bytes, its header accounts for {at:,}")
 

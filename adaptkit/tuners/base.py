@@ -33,7 +33,8 @@ class Tuner(ABC):
     def weight(self, W: Array, p: Params) -> Array:
         """The weight after adaptation, in the shape of W."""
         raise Mismatch(
-            f"{self.name} has no weight to merge into: it acts on activations", hint="keep it as an adapter, or export it to ONNX"
+            f"{self.name} has no weight to merge into: it acts on activations",
+            hint="keep it as an adapter, or export it to ONNX",
         )
 
     def bias(self, b: Array, p: Params) -> Array:
@@ -62,7 +63,9 @@ class Tuner(ABC):
 
     def inverse(self, p: Params) -> tuple[Tuner, Params]:
         """A tuner and params that undo this one."""
-        raise Mismatch(f"{self.name} cannot be taken out of a weight again: the old values are gone", hint="keep the base model")
+        raise Mismatch(
+            f"{self.name} cannot be taken out of a weight again: the old values are gone", hint="keep the base model"
+        )
 
     def settings(self) -> dict[str, Any]:
         """The hyperparameters, as plain values."""

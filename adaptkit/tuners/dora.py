@@ -24,16 +24,10 @@ class DoRA(LoRA):
 
     def init(self, base: Any) -> Params:
         W = base.weight.detach()
-        return {**super().init(base), "m": self._norm(W).reshape(-1)}
+        return {**super().init(base), "m": norms(W, self.transposed).reshape(-1)}
 
     def weight(self, W: Array, p: Params) -> Array:
-        V = super().weight(W, p)
-        n = self._norm(V)
-        return V * (p["m"].reshape(n.shape) / n)
-
-    def _norm(self, V: Array) -> Array:
-        axes = 0 if self.transposed else tuple(range(1, V.ndim))
-        return (V * V).sum(axis=axes, keepdims=True) ** 0.5
+        return renormed(super().weight(W, p), p["m"], self.transposed)
 
     def factors(self, p: Params) -> None:
         return None
@@ -50,3 +44,15 @@ class DoRA(LoRA):
 
     def inverse(self, p: Params) -> tuple[Tuner, Params]:
         return Tuner.inverse(self, p)
+
+
+def renormed(V: Array, m: Array, transposed: bool) -> Array:
+    """m * V / |V|, by output rows."""
+    n = norms(V, transposed)
+    return V * (m.reshape(n.shape) / n)
+
+
+def norms(V: Array, transposed: bool) -> Array:
+    """|V| of each output row, in a shape that broadcasts."""
+    axes = 0 if transposed else tuple(range(1, V.ndim))
+    return (V * V).sum(axis=axes, keepdims=True) ** 0.5

@@ -20,6 +20,7 @@ class ExpertLoRA(LoRA):
     """W'[e] = W[e] + s B_e A_e     A: (r E, a)   B: (b, r E)"""
 
     name = "experts"
+    noise = 4.0  # a stack's products are rounded to float32 before and after they are scaled
 
     def weight(self, W: Array, p: Params) -> Array:
         stack = W.reshape(-1, *W.shape[-2:])

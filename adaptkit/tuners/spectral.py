@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import Mismatch
 from .base import Array, Params, Tuner
+from .dora import renormed
 from .lora import LoRA
 
 
@@ -31,7 +32,8 @@ class _Spectral(LoRA):
     def weight(self, W: Array, p: Params) -> Array:
         if W.ndim != 2:
             raise Mismatch(f"{self.name} is defined for matrices, the model's weight is {list(W.shape)}")
-        return super().weight(W - self.removed(W), p)
+        V = super().weight(W - self.removed(W), p)
+        return renormed(V, p["m"], self.transposed) if "m" in p else V  # DoRA on such a start
 
     def factors(self, p: Params) -> None:
         return None

@@ -30,5 +30,7 @@ class Tokens(Tuner):
     def fit(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], square: bool = False) -> Tokens:
         n, width = shapes["rows"] if len(shapes["rows"]) == 2 else (0, 0)
         if shapes["index"] != (n,) or len(shape) != 2 or width != shape[1]:
-            raise Mismatch(f"{shapes['index'][0]} token indices with rows {list(shapes['rows'])}, the embedding is {list(shape)}")
+            raise Mismatch(
+                f"{shapes['index'][0]} token indices with rows {list(shapes['rows'])}, the embedding is {list(shape)}"
+            )
         return self

@@ -52,7 +52,7 @@ def dtype_of(dtype: str | None) -> str | None:
 
 
 def size_of(text: str | int | None) -> int | None:
-    """"5GB" -> 5000000000."""
+    """ "5GB" -> 5000000000."""
     if text is None or isinstance(text, int):
         return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)

@@ -95,7 +95,8 @@ def _groups(targets: list[Target]) -> list[Group]:
     for t in targets:
         held[_pattern(t.name), _what(t), t.dtype, t.shape].append(t)
     return [
-        Group(name, what, len(ts), sum(t.nbytes for t in ts), dtype, shape) for (name, what, dtype, shape), ts in held.items()
+        Group(name, what, len(ts), sum(t.nbytes for t in ts), dtype, shape)
+        for (name, what, dtype, shape), ts in held.items()
     ]
 
 
@@ -123,5 +124,3 @@ def _memory(found: Plan, workers: int) -> int:
 def _factor_bytes(t: Target) -> int:
     values = [v for c in t.changes for v in c.params.values() if isinstance(v, Entry)]
     return sum(v.numel for v in values) * 8
-
-

@@ -44,7 +44,9 @@ def unmerge(
     taken |= stamps(file for a in read for file in files_of(a))
     factors = weights_of(weights, len(read))
     backwards = [_inverse(a, w) for a, w in zip(reversed(read), reversed(factors), strict=True)]
-    plan = draft(checkpoint, backwards, list(reversed(factors)), dtype=dtype_of(dtype), max_shard_size=size_of(max_shard_size))
+    plan = draft(
+        checkpoint, backwards, list(reversed(factors)), dtype=dtype_of(dtype), max_shard_size=size_of(max_shard_size)
+    )
     plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
     plan.stamps = taken | stamps(file for file, _ in plan.extras)
     plan.options = {"verb": "unmerge", "weights": factors, "dtype": dtype_of(dtype)}
@@ -58,7 +60,9 @@ def _inverse(adapter: Adapter, weight: float) -> Adapter:
     """The adapter that undoes another, site by site."""
     name = Path(adapter.meta.get("path", "adapter")).name
     if adapter.whole:
-        raise Mismatch(f"replaced {some(adapter.whole)}: the old values are gone", where=name, hint="keep the base model")
+        raise Mismatch(
+            f"replaced {some(adapter.whole)}: the old values are gone", where=name, hint="keep the base model"
+        )
     try:
         sites = {path: _undo(site, weight) for path, site in adapter.sites.items()}
     except AdaptKitError as e:

@@ -119,10 +119,14 @@ def _spread(names: list[str], n: int) -> list[str]:
 def _compare(target: Target, tensor: Tensor, entry: Entry, space: Workspace, result: Verified) -> None:
     result.compared += 1
     if (entry.shape, entry.dtype) != (target.shape, target.dtype):
-        result.wrong[target.name] = f"is {entry.dtype} {list(entry.shape)}, {target.dtype} {list(target.shape)} expected"
+        result.wrong[target.name] = (
+            f"is {entry.dtype} {list(entry.shape)}, {target.dtype} {list(target.shape)} expected"
+        )
         return
     if not entry.plain:
-        raise Mismatch("verifying a compressed or strided PyTorch file is not supported", where=entry.file.name, hint="convert it")
+        raise Mismatch(
+            "verifying a compressed or strided PyTorch file is not supported", where=entry.file.name, hint="convert it"
+        )
     tally = _Tally(target)
     tensor.observe = tally.exactly
     step = ELEMENTS * NUMPY[target.dtype].itemsize if target.dtype in NUMPY else ELEMENTS
@@ -187,7 +191,11 @@ class _Tally:
         source = self.target.source
         if before is None and isinstance(source, Entry) and source.plain and source.shape == self.target.shape:
             raw = bytearray(len(a) * NUMPY[source.dtype].itemsize)
-            space.read(source.file, memoryview(raw), source.offset + at // NUMPY[self.target.dtype].itemsize * NUMPY[source.dtype].itemsize)
+            space.read(
+                source.file,
+                memoryview(raw),
+                source.offset + at // NUMPY[self.target.dtype].itemsize * NUMPY[source.dtype].itemsize,
+            )
             before = np.frombuffer(raw, NUMPY[source.dtype]).astype(a.dtype)
         if before is None or not (np.isfinite(before).all() and np.isfinite(b).all()):
             return

@@ -36,7 +36,8 @@ class Npz(Format):
         arrays = {f"sites/{m}/{k}": array(v, m) for m, s in adapter.sites.items() for k, v in s.params.items()}
         arrays |= {f"whole/{n}": array(v, n) for n, v in adapter.whole.items()}
         sites = {
-            m: {"tuner": s.tuner.name, "settings": s.tuner.settings(), "params": list(s.params)} for m, s in adapter.sites.items()
+            m: {"tuner": s.tuner.name, "settings": s.tuner.settings(), "params": list(s.params)}
+            for m, s in adapter.sites.items()
         }
         said = json.dumps({"sites": sites, "whole": list(adapter.whole), "meta": adapter.meta, "about": adapter.about})
         with open(path, "wb") as file:  # given a name, NumPy would put .npz after it

@@ -76,7 +76,8 @@ def ask(cases: Iterable[Case], folder: Path) -> dict[str, Answer]:
     before = {case.id: snapshot(rooms[case.id].root) for case in ordered}
     seen = _drive([_request(case, rooms[case.id]) for case in ordered], folder)
     return {
-        case.id: Answer(case, room := rooms[case.id], seen[case.id], before[case.id], snapshot(room.root)) for case in ordered
+        case.id: Answer(case, room := rooms[case.id], seen[case.id], before[case.id], snapshot(room.root))
+        for case in ordered
     }
 
 

@@ -157,7 +157,9 @@ def storage_key_traversal(room: Room, tensors: sound.Tensors) -> bytes:
     return torch_zip(state_dict({next(iter(tensors)): evil}), {"0": bytes(16)})
 
 
-@pickle_case("D57_cuda7_location", "storage tagged cuda:7; the adapter then lacks the other tensors", "mismatch", ("adapter",))
+@pickle_case(
+    "D57_cuda7_location", "storage tagged cuda:7; the adapter then lacks the other tensors", "mismatch", ("adapter",)
+)
 def cuda_location(room: Room, tensors: sound.Tensors) -> bytes:
     name, array = next(iter(tensors.items()))
     there = tensor(Storage("0", array.size, "cuda:7"), array.shape, sizes(array.shape))

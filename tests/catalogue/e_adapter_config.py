@@ -128,5 +128,7 @@ rewritten("E27b_deep_in_sound", "1 000 nested lists in an unknown key", "corrupt
           lambda text: text.replace("{", '{"x": ' + "[" * 1000 + "]" * 1000 + ",", 1).encode())  # fmt: skip
 changed("E28_huge", "20 MB string in the config", "corrupt", base_model_name_or_path="x" * 20_000_000)
 changed("E29_runtime_config", "runtime_config in the file", "ok", runtime_config={"ephemeral_gpu_offload": False})
-changed("E30_invocation_tokens", "aLoRA invocation tokens: cannot be merged", "mismatch", alora_invocation_tokens=[1, 2])
+changed(
+    "E30_invocation_tokens", "aLoRA invocation tokens: cannot be merged", "mismatch", alora_invocation_tokens=[1, 2]
+)
 changed("E31_quantized_train", "qalora on", "mismatch", use_qalora=True)

@@ -61,7 +61,8 @@ def base_shapes() -> dict[str, tuple[int, ...]]:
     for layer in (0, 1):
         at = f"model.layers.{layer}."
         shapes |= {
-            f"{at}self_attn.{n}_proj.weight": (rows, HIDDEN) for n, rows in zip("qkvo", (HIDDEN, KV, KV, HIDDEN), strict=True)
+            f"{at}self_attn.{n}_proj.weight": (rows, HIDDEN)
+            for n, rows in zip("qkvo", (HIDDEN, KV, KV, HIDDEN), strict=True)
         }
         shapes |= {f"{at}mlp.gate_proj.weight": (MLP, HIDDEN), f"{at}mlp.up_proj.weight": (MLP, HIDDEN)}
         shapes |= {f"{at}mlp.down_proj.weight": (HIDDEN, MLP)}

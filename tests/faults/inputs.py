@@ -35,7 +35,9 @@ def _base(folder: Path, shards: int, hidden: int, prefix: str) -> int:
         size += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, ensure_ascii=False))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layer}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layer})
+    )
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(i): i for i in range(5000)}}}))
     return layer
 

@@ -14,7 +14,10 @@ from pathlib import Path
 def permitted() -> bool:
     """Whether this user may mount."""
     try:
-        return subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode == 0
+        return (
+            subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode
+            == 0
+        )
     except OSError:
         return False
 

@@ -30,7 +30,9 @@ class Ended:
         return self.err.splitlines()
 
 
-def start(place: Path, *options: str, faults: str = "", before: list[str] | None = None, env: dict | None = None, **how):
+def start(
+    place: Path, *options: str, faults: str = "", before: list[str] | None = None, env: dict | None = None, **how
+):
     """`adaptkit merge base lora -o out` in a folder, as a process."""
     env = dict(os.environ if env is None else env)
     if faults:

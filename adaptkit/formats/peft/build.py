@@ -16,7 +16,16 @@ from .patterns import lookup
 Parts = dict[str, Entry]
 VIRTUAL = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix", "P_TUNING": "ptuning"}
 # how the parameters of known expert modules are registered; PEFT wraps them in this order, the first innermost
-REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias", "weight", "bias")
+REGISTERED = (
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "down_proj_bias",
+    "weight",
+    "bias",
+)
 
 
 def virtual(config: dict[str, Any], parts: Parts) -> Site:
@@ -62,12 +71,13 @@ def _is_feedforward(rule: str | list[str], path: str) -> bool:
 
 def lora(config: dict[str, Any], path: str, parts: Parts, experts: bool, times: float) -> Site:
     """The factors of one module, with the tuner that the settings and the tensors agree on."""
-    turned = bool({"eA", "eB"} & set(parts)) or bool(config.get("fan_in_fan_out"))
+    embedding = bool({"eA", "eB"} & set(parts))
+    turned = embedding or bool(config.get("fan_in_fan_out"))
     parts = _without_embedding_names(path, parts)
     _complete(config, path, parts)
     r = int(lookup(config.get("rank_pattern"), path, config["r"]))
     alpha = float(lookup(config.get("alpha_pattern"), path, config["lora_alpha"])) * times
-    name, more = _kind(config, path, parts, experts)
+    name, more = _kind(config, path, parts, experts, embedding)
     _rank(path, r, parts, experts, more)
     settings = {"r": r, "alpha": alpha, "rslora": bool(config.get("use_rslora")), "transposed": turned}
     return Site(registry.load("tuners", name)(**settings, **more), parts)
@@ -82,7 +92,9 @@ def _without_embedding_names(path: str, parts: Parts) -> Parts:
 def _complete(config: dict[str, Any], path: str, parts: Parts) -> None:
     for have, lack in (("A", "B"), ("B", "A")):
         if have in parts and lack not in parts:
-            raise Mismatch(f"{quoted(path)} has lora_{have} but no lora_{lack}; the module is incomplete", hint="fetch it again")
+            raise Mismatch(
+                f"{quoted(path)} has lora_{have} but no lora_{lack}; the module is incomplete", hint="fetch it again"
+            )
     if "A" not in parts:
         raise Mismatch(f"{quoted(path)} has {some(sorted(parts))} but no factors")
     if extra := set(parts) - {"A", "B", "c", "m", "d"}:
@@ -90,7 +102,9 @@ def _complete(config: dict[str, Any], path: str, parts: Parts) -> None:
     for part, key, what in (("m", "use_dora", "a magnitude vector"), ("d", "kasa_config", "a KaSA diagonal")):
         if (part in parts) != bool(config.get(key)):
             state = "on" if config.get(key) else "off"
-            raise Mismatch(f"{key} is {state}, but {quoted(path)} has {what if part in parts else 'no ' + what.removeprefix('a ')}")
+            raise Mismatch(
+                f"{key} is {state}, but {quoted(path)} has {what if part in parts else 'no ' + what.removeprefix('a ')}"
+            )
 
 
 def _rank(path: str, r: int, parts: Parts, experts: bool, more: dict[str, Any]) -> None:
@@ -110,19 +124,24 @@ def _rank(path: str, r: int, parts: Parts, experts: bool, more: dict[str, Any]) 
             hint="serve it as an adapter",
         )
     if not ok and A[0] == B[1]:
-        raise Mismatch(f"r={r}, but lora_A of {quoted(path)} has rank {A[0]}: the scale would be wrong", where="adapter_config.json")
+        raise Mismatch(
+            f"r={r}, but lora_A of {quoted(path)} has rank {A[0]}: the scale would be wrong",
+            where="adapter_config.json",
+        )
     if not ok:
         raise Mismatch(f"{quoted(path)}: lora_A {list(A)} and lora_B {list(B)} do not share a rank of {r}")
 
 
-def _kind(config: dict[str, Any], path: str, parts: Parts, experts: bool) -> tuple[str, dict[str, Any]]:
+def _kind(
+    config: dict[str, Any], path: str, parts: Parts, experts: bool, embedding: bool
+) -> tuple[str, dict[str, Any]]:
     start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() in ("pissa", "olora") and not embedding:  # PEFT starts those plainly
+        return start.lower(), {}
     if "m" in parts:
         return "dora", {}
     if "d" in parts:
         return "kasa", {}
-    if isinstance(start, str) and start.lower() in ("pissa", "olora"):
-        return start.lower(), {}
     if bd := config.get("use_bdlora"):
         return _block_diagonal(bd, path)
     return ("experts", {}) if experts else ("lora", {})
@@ -140,10 +159,9 @@ def parameter(config: dict[str, Any], path: str, depth: int, depths: list[int]) 
 
     The file does not say it: it follows from target_parameters and the order in which the module registered them.
     """
-    named = [_leaf(entry, path) for entry in config.get("target_parameters") or ()]
-    leaves = sorted({n for n in named if n}, key=lambda n: REGISTERED.index(n) if n in REGISTERED else -1)
+    leaves = sorted(_leaves(config, path), key=lambda n: REGISTERED.index(n) if n in REGISTERED else -1)
     targets = config.get("target_modules") or []
-    if not leaves or (depths == [0] and isinstance(targets, list) and matching(targets, [path])):
+    if not leaves or (depths == [0] and matching(targets, [path])):
         if depth:
             raise Mismatch(f"{quoted(path)} is wrapped {depth + 1} times, but target_parameters does not say by what")
         return None
@@ -155,10 +173,14 @@ def parameter(config: dict[str, Any], path: str, depth: int, depths: list[int]) 
     return leaves[-1 - depth] if len(leaves) == len(depths) else _only(leaves, path, depth)
 
 
-def _leaf(entry: str, path: str) -> str | None:
-    parent, _, leaf = entry.rpartition(".")
-    return leaf if not parent or path == parent or path.endswith("." + parent) else None
+def _leaves(config: dict[str, Any], path: str) -> set[str]:
+    """The parameters of a module that target_parameters names: those with the module's name, or else the bare ones."""
+    entries = [entry.rpartition(".") for entry in config.get("target_parameters") or ()]
+    mine = {leaf for parent, _, leaf in entries if parent and (path == parent or path.endswith("." + parent))}
+    return mine or {leaf for parent, _, leaf in entries if not parent}
 
 
 def _only(leaves: list[str], path: str, depth: int) -> str:
-    raise Mismatch(f"target_parameters names {some(leaves)}, and the file does not say which one the factors of {quoted(path)} are for")
+    raise Mismatch(
+        f"target_parameters names {some(leaves)}, and the file does not say which one the factors of {quoted(path)} are for"
+    )

@@ -96,7 +96,11 @@ LORA: dict[str, Check] = {
     "lora_dropout": _number, "megatron_config": _settings, "megatron_core": _text, "ensure_weight_tying": _flag,
 }  # fmt: skip
 # keys of old versions that changed nothing once the file was written
-RETIRED: dict[str, Check] = {"merge_weights": _flag, "enable_lora": _anything, "postprocess_past_key_value_function": _anything}
+RETIRED: dict[str, Check] = {
+    "merge_weights": _flag,
+    "enable_lora": _anything,
+    "postprocess_past_key_value_function": _anything,
+}
 SCHEMAS: dict[str, dict[str, Check]] = {
     "LORA": COMMON | TARGETS | LORA | RETIRED,
     "IA3": COMMON | TARGETS | RETIRED | {"feedforward_modules": _names, "init_ia3_weights": _flag},
@@ -130,7 +134,9 @@ def _check(config: dict[str, Any]) -> None:
         raise Corrupt("nested too deep")
     kind = config.get("peft_type")
     if kind is None and (other := _whose(config)):
-        raise Mismatch(f"these are the settings of {other}, not of PEFT", hint="convert the adapter to PEFT's format first")
+        raise Mismatch(
+            f"these are the settings of {other}, not of PEFT", hint="convert the adapter to PEFT's format first"
+        )
     if kind is None:
         raise Corrupt("does not say peft_type", hint="is it a PEFT adapter?")
     if not isinstance(kind, str):
@@ -150,7 +156,11 @@ def _check(config: dict[str, Any]) -> None:
 def _whose(config: dict[str, Any]) -> str | None:
     """The program that writes such settings, for those that use the same file name."""
     marks = {"MLX": ("fine_tune_type", "lora_parameters"), "AdapterHub": ("model_class", "model_type", "hidden_size")}
-    marks |= {"MLX ": ("lora_layers",), "AdapterHub ": ("config", "model_name"), "transformers (a model)": ("architectures",)}
+    marks |= {
+        "MLX ": ("lora_layers",),
+        "AdapterHub ": ("config", "model_name"),
+        "transformers (a model)": ("architectures",),
+    }
     return next((name.strip() for name, keys in marks.items() if all(k in config for k in keys)), None)
 
 
@@ -202,7 +212,9 @@ def _lora(config: dict[str, Any]) -> None:
         raise Mismatch(f"init_lora_weights {start!r}: {BASE_CHANGED[kind]}", hint=hint)
     if kind.startswith("pissa_niter_"):
         hint = "save it with PEFT's path_initial_model_for_weight_conversion first"
-        raise Mismatch(f"init_lora_weights {start!r} started from random numbers that the file does not hold", hint=hint)
+        raise Mismatch(
+            f"init_lora_weights {start!r} started from random numbers that the file does not hold", hint=hint
+        )
     if isinstance(config.get("target_modules"), str):
         fullmatches(config["target_modules"], [])
 

@@ -59,7 +59,9 @@ class Peft(Format):
 def _weights(folder: Path) -> Path:
     found = [folder / w for w in WEIGHTS if (folder / w).exists()]
     if not found:
-        raise Corrupt(f"holds {CONFIG} but no weights ({' or '.join(WEIGHTS)})", where=folder.name, hint="fetch it again")
+        raise Corrupt(
+            f"holds {CONFIG} but no weights ({' or '.join(WEIGHTS)})", where=folder.name, hint="fetch it again"
+        )
     if len(found) > 1:
         warn(f"{folder.name} holds {WEIGHTS[0]} and {WEIGHTS[1]}; the first is read")
     return found[0]
@@ -81,7 +83,7 @@ def assemble(config: dict[str, Any], entries: dict[str, Entry]) -> Adapter:
         if name in adapter.sites:
             raise Corrupt(f"two sets of factors for {quoted(name)}")
         adapter.sites[name] = site
-    adapter.whole = {path: e for path, e in whole.items()}
+    adapter.whole = dict(whole)
     _justified(config, adapter)
     return adapter
 
@@ -141,7 +143,10 @@ def _nothing_left(config: dict[str, Any], modules: dict, whole: dict) -> None:
         raise Mismatch(f"{quoted(path)} has tensors that no {config['peft_type']} adapter holds")
 
 
-EMBEDDINGS = ["embed_tokens", "embed_in", "embed_out", "lm_head", "wte", "word_embeddings", "shared", "embeddings", "tok_embeddings", "output", "token_embedding", "embed_positions", "wpe"]
+EMBEDDINGS = (
+    "embed_tokens embed_in embed_out lm_head wte word_embeddings shared embeddings tok_embeddings output "
+    "token_embedding embed_positions wpe"
+).split()
 
 
 def _justified(config: dict[str, Any], adapter: Adapter) -> None:
@@ -201,5 +206,3 @@ def _layers(config: dict[str, Any], modules: list[str]) -> None:
             # before 0.20 PEFT took the last number of a path for the layer, so any number of it may be meant
             if not {int(n) for n in module.split(".") if n.isdecimal()} & set(wanted):
                 raise Mismatch(f"holds tensors for {quoted(module)}, which layers_to_transform {wanted} leaves out")
-
-

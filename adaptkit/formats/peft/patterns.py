@@ -38,5 +38,7 @@ def unmatched(config: Mapping[str, Any], paths: Collection[str]) -> None:
             if any(_matches(key, path) for path in paths):
                 continue
             if not LITERAL.fullmatch(key):
-                raise Mismatch(f"{field}: {quoted(key)!r} matches no adapted module", where="adapter_config.json", hint="remove it")
+                raise Mismatch(
+                    f"{field}: {quoted(key)!r} matches no adapted module", where="adapter_config.json", hint="remove it"
+                )
             warn(f"adapter_config.json: {field} names {quoted(key)}, for which the adapter holds nothing")
