@@ -10,6 +10,7 @@ HOMES = {
     "Checkpoint": "store.checkpoint", "open_checkpoint": "store.checkpoint", "read": "formats.base",
     "LoRA": "tuners.lora", "DoRA": "tuners.dora", "IA3": "tuners.ia3",
     "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
+    "attach": "live.attach", "detach": "live.attach", "write": "formats.base", "live": "live",
     "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
 }  # fmt: skip
 __all__ = sorted(HOMES)
@@ -19,7 +20,7 @@ def __getattr__(name: str) -> object:
     if name not in HOMES:
         raise AttributeError(f"module 'adaptkit' has no attribute {name!r}")
     home = importlib.import_module(f".{HOMES[name]}", __name__)
-    return home if name == "registry" else getattr(home, name)
+    return home if name in ("registry", "live") else getattr(home, name)
 
 
 def __dir__() -> list[str]:

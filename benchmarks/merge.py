@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,13 +35,22 @@ def main() -> None:
     options = words.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = shape.scratch()
-    base = shape.make_base(folder / f"base-{options.layers}", options.layers)
-    adapter = shape.make_adapter(folder / f"adapter-{options.layers}", options.layers)
+    base, adapter = made(folder, options.layers)
     commands = commands_for(base, adapter, folder / "out", peers=not options.no_peers)
     found = rounds(commands, options.rounds, lambda: clean(folder / "out", base))
     print(f"{machine()}\n\n{table(found, 'cp -r')}")
     if options.large:
         large(folder, options.layers * 4)
+
+
+def made(folder: Path, layers: int) -> tuple[Path, Path]:
+    """The model and its adapter, made by another process: a child's peak memory counts what its parent held."""
+    base, adapter = folder / f"base-{layers}", folder / f"adapter-{layers}"
+    make = "import shape, sys; from pathlib import Path; b, a, n = sys.argv[1:]; "
+    make += "shape.make_base(Path(b), int(n)); shape.make_adapter(Path(a), int(n))"
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    subprocess.run([sys.executable, "-c", make, str(base), str(adapter), str(layers)], check=True, env=here)
+    return base, adapter
 
 
 def commands_for(base: Path, adapter: Path, out: Path, peers: bool) -> dict[str, list[str]]:
@@ -75,10 +85,7 @@ def clean(out: Path, base: Path) -> None:
 
 def large(folder: Path, layers: int) -> None:
     """Peak memory must not grow with the model."""
-    base, adapter = (
-        shape.make_base(folder / f"base-{layers}", layers),
-        shape.make_adapter(folder / f"adapter-{layers}", layers),
-    )
+    base, adapter = made(folder, layers)
     runs = Runs()
     clean(folder / "out", base)
     once(commands_for(base, adapter, folder / "out", peers=False)["adaptkit merge"], runs)

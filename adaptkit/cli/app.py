@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
     args = sys.argv[1:] if args is None else args
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; our threads are the parallelism
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
     code = run(args)
     try:
         if sys.stdout is not None:
@@ -86,6 +86,12 @@ def main(args: list[str] | None = None) -> NoReturn:
     if code == 141:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains when it flushes at its end
     sys.exit(code)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    """Ctrl-C unwinds; a second one does not wait for that. Output survives both, as it survives a power cut."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
 
 
 def run(args: list[str]) -> int:

@@ -61,6 +61,11 @@ def _computed(target: Target, device: Any, **options: Any) -> Tensor:
     return DeviceTensor(target, device, **options)
 
 
+def default_workers() -> int:
+    """Two for each core: while one waits for the disk, the other computes."""
+    return min(2 * (os.cpu_count() or 1), 16)
+
+
 class Local:
     """Runs a plan on this machine's cores."""
 
@@ -71,7 +76,7 @@ class Local:
         allow_nonfinite: bool = False,
         device: Any = None,
     ):
-        self.workers = workers or min(os.cpu_count() or 1, 8)
+        self.workers = workers or default_workers()
         self.progress = progress or (lambda n: None)
         self.allow_nonfinite, self.device = allow_nonfinite, device
         self._threads, self._hands = threading.local(), []

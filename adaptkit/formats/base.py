@@ -55,6 +55,11 @@ def _fitting(path: Path) -> list[str]:
     return []
 
 
+def write(adapter: Adapter, path: str | Path, name: str = "peft") -> None:
+    """Write an adapter in a format. Raises Mismatch for what the format cannot hold, Usage when something is there."""
+    registry.load("formats", name)().write(adapter, Path(path))
+
+
 def _recognises(name: str, path: Path) -> bool:
     try:
         with registry.blamed("formats", name):

@@ -41,6 +41,21 @@ class Tuner(ABC):
         """The bias after adaptation. b: (out,)"""
         return b
 
+    def forward(self, base: Any, p: Params, *args: Any, **kwargs: Any) -> Any:
+        """What the adapted module computes. base: the torch module, or the adapters before this one.
+
+        Runs the module with `weight` and `bias` in the place of its own, so running is merging; override it to be fast.
+        """
+        from torch.func import functional_call
+
+        if not hasattr(base, "named_parameters"):
+            raise Mismatch(f"{self.name} must be the first adapter on a module: it changes the weight itself")
+        parts = {}
+        for name, value in base.named_parameters(recurse=False):
+            wide = value.to(next(iter(p.values())).dtype) if value.dtype.itemsize < 4 else value
+            parts[name] = getattr(self, name)(wide, p).to(value.dtype) if name in ("weight", "bias") else value
+        return functional_call(base, parts, args, kwargs)
+
     def changes_bias(self, p: Params) -> bool:
         """Whether `bias` does anything with these params."""
         return False

@@ -34,6 +34,9 @@ class BDLoRA(LoRA):
         L, R, s = self.factors(p)
         return W + s * (L @ R)
 
+    def forward(self, base: Any, p: Params, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(base, {**p, self.side: block_diagonal(p[self.side], self.blocks)}, *args, **kwargs)
+
     def fit(self, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], square: bool = False) -> LoRA:
         rows, columns = shapes[self.side]
         if rows % self.blocks:

@@ -23,11 +23,14 @@ class DoRA(LoRA):
     follows = False  # its norm is that of the unchanged base weight
 
     def init(self, base: Any) -> Params:
-        W = base.weight.detach()
+        W = base.weight.detach().float()
         return {**super().init(base), "m": norms(W, self.transposed).reshape(-1)}
 
     def weight(self, W: Array, p: Params) -> Array:
         return renormed(super().weight(W, p), p["m"], self.transposed)
+
+    def forward(self, base: Any, p: Params, *args: Any, **kwargs: Any) -> Any:
+        return Tuner.forward(self, base, p, *args, **kwargs)
 
     def factors(self, p: Params) -> None:
         return None
@@ -49,6 +52,7 @@ class DoRA(LoRA):
 def renormed(V: Array, m: Array, transposed: bool) -> Array:
     """m * V / |V|, by output rows."""
     n = norms(V, transposed)
+    n = n.detach() if hasattr(n, "detach") else n  # the paper treats the norm as a constant for gradients
     return V * (m.reshape(n.shape) / n)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import Mismatch
 from .base import Array, Params, Tuner
+from .run import bottom
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class IA3(Tuner):
     transposed: bool = False  # the weight is stored as (in, out)
 
     def init(self, base: Any) -> Params:
-        W = base.weight.detach()
+        W = base.weight.detach().float()
+        if W.ndim > 2 and getattr(base, "groups", 1) != 1 and self.feedforward:
+            raise Mismatch(f"IA3 on the input of a convolution with {base.groups} groups is not supported")
         return {"l": W.new_ones(W.shape[self._axis])}
 
     @property
@@ -37,6 +40,16 @@ class IA3(Tuner):
         shape = [1] * W.ndim
         shape[self._axis] = -1
         return W * p["l"].reshape(shape)
+
+    def forward(self, base: Any, p: Params, x: Any, *args: Any, **kwargs: Any) -> Any:
+        module = bottom(base)
+        l = p["l"]
+        channels = type(module).__name__.startswith("Conv") and module.weight.ndim > 2
+        l = l.reshape(-1, *[1] * (module.weight.ndim - 2)) if channels else l.reshape(-1)
+        if self.feedforward:
+            return base((x.to(l.dtype) * l).to(x.dtype), *args, **kwargs)
+        y = base(x, *args, **kwargs)
+        return (y * l).to(y.dtype)
 
     def bias(self, b: Array, p: Params) -> Array:
         return b * p["l"].reshape(-1) if self.changes_bias(p) else b

@@ -29,22 +29,38 @@ class LoRA(Tuner):
     alpha: float = 8.0
     rslora: bool = False
     transposed: bool = False  # the weight is stored as (in, out)
+    embedding: bool = False  # the module looks rows up
+    dropout: float = 0.0  # of the input, while training
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def init(self, base: Any) -> Params:
+        """A: uniform as Linear's weight, B: zero; on an embedding A is zero and B normal, as it was introduced."""
         from torch import nn
 
-        W = base.weight.detach()
-        out, columns = W.shape[::-1] if self.transposed else (W.shape[0], W[0].numel())
-        A = nn.init.kaiming_uniform_(W.new_empty(self.r, columns), a=math.sqrt(5))
-        return {"A": A, "B": W.new_zeros(out, self.r)}
+        W = base.weight.detach().float()
+        if self.embedding:
+            return {"A": W.new_zeros(self.r, W.shape[0]), "B": nn.init.normal_(W.new_empty(W.shape[1], self.r))}
+        if W.ndim > 2:
+            if getattr(base, "groups", 1) != 1:
+                raise Mismatch(f"LoRA on a convolution with {base.groups} groups has no merged weight")
+            A = W.new_empty(self.r, *W.shape[1:])
+            B = W.new_zeros(W.shape[0], self.r, *[1] * (W.ndim - 2))
+        else:
+            into, out = W.shape if self.transposed else W.shape[::-1]
+            A, B = W.new_empty(self.r, into), W.new_zeros(out, self.r)
+        return {"A": nn.init.kaiming_uniform_(A, a=math.sqrt(5)), "B": B}
 
     def weight(self, W: Array, p: Params) -> Array:
         L, R, s = LoRA.factors(self, p)
         return W + (s * (L @ R)).reshape(W.shape)
+
+    def forward(self, base: Any, p: Params, *args: Any, **kwargs: Any) -> Any:
+        from .run import thin
+
+        return thin(self, base, p, *args, **kwargs)
 
     def bias(self, b: Array, p: Params) -> Array:
         return b + self.scale * p["c"] if "c" in p else b

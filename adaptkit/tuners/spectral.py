@@ -35,6 +35,9 @@ class _Spectral(LoRA):
         V = super().weight(W - self.removed(W), p)
         return renormed(V, p["m"], self.transposed) if "m" in p else V  # DoRA on such a start
 
+    def forward(self, base: Any, p: Params, *args: Any, **kwargs: Any) -> Any:
+        return Tuner.forward(self, base, p, *args, **kwargs)
+
     def factors(self, p: Params) -> None:
         return None
 

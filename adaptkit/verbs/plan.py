@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..engines.local import BLOCK
+from ..engines.local import BLOCK, default_workers
 from ..engines.plan import Plan, Target
 from ..select import LAYER
 from ..store.disk import nearest, room
@@ -83,7 +82,7 @@ def forecast(found: Plan, output: Path, workers: int | None = None) -> Forecast:
         changed=len(found.changed),
         copied=sum(t.nbytes for t in found.targets if t.copied),
         bytes=found.nbytes,
-        memory=_memory(found, workers or min(os.cpu_count() or 1, 8)),
+        memory=_memory(found, workers or default_workers()),
         free=int(free),
         fits=found.nbytes * 1.02 <= free,
         files=list(found.files),

@@ -80,6 +80,7 @@ def lora(config: dict[str, Any], path: str, parts: Parts, experts: bool, times: 
     name, more = _kind(config, path, parts, experts, embedding)
     _rank(path, r, parts, experts, more)
     settings = {"r": r, "alpha": alpha, "rslora": bool(config.get("use_rslora")), "transposed": turned}
+    settings |= {"embedding": embedding, "dropout": float(config.get("lora_dropout") or 0.0)}
     return Site(registry.load("tuners", name)(**settings, **more), parts)
 
 

@@ -20,6 +20,7 @@ from . import build
 from .config import read_config, with_heads
 from .keys import Key, is_attention_output, parse
 from .patterns import unmatched
+from .write import write
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -54,6 +55,9 @@ class Peft(Format):
         adapter.meta |= {"path": str(folder), "base": str(config.get("base_model_name_or_path") or "")}
         adapter.meta |= {f"peft:{k}": v for k, v in metadata.items()}
         return adapter
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        write(adapter, path)
 
 
 def _weights(folder: Path) -> Path:

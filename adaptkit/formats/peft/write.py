@@ -1,0 +1,152 @@
+"""Writing PEFT adapters: one LoRA or IA3 per folder, exact module paths, patterns where sites differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...adapter import Adapter, Site
+from ...errors import Mismatch, quoted, some
+from ...store.arrays import load
+from ...store.disk import write_all
+from ...store.output import Output
+from ...store.safetensors import header
+from .keys import PREFIX
+
+LORAS = ("lora", "dora")
+Tensors = dict[str, np.ndarray]
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Write a folder with adapter_config.json and adapter_model.safetensors, float32, that appears whole.
+
+    Raises Mismatch for what PEFT's format cannot hold, Usage when the folder is not empty.
+    """
+    config, tensors = _lora(adapter) if _kind(adapter) == "LORA" else _ia3(adapter)
+    for name, value in adapter.whole.items():
+        tensors[PREFIX + name] = load(value, np.dtype("f4"))
+    modules = sorted({n.rpartition(".")[0] for n in adapter.whole})
+    config |= {"modules_to_save": modules or None, "base_model_name_or_path": adapter.meta.get("base") or None}
+    config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
+    _save(path, config, tensors)
+
+
+def _kind(adapter: Adapter) -> str:
+    kinds = Counter(s.tuner.name for s in adapter.sites.values())
+    tuners = set(kinds) - {"tokens"}
+    if tuners <= {"ia3"} and tuners:
+        return "IA3"
+    if len(tuners) <= 1 and tuners <= set(LORAS) and "" not in adapter.sites:
+        return "LORA"
+    raise Mismatch(
+        f"PEFT's format holds one LoRA, DoRA or IA3 here, not {some(sorted(kinds))}", hint="write them apart"
+    )
+
+
+def _lora(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
+    sites = {p: s for p, s in adapter.sites.items() if s.tuner.name != "tokens"}
+    tokens = {p: s for p, s in adapter.sites.items() if s.tuner.name == "tokens"}
+    config = _settings(sites) | {"peft_type": "LORA", "target_modules": sorted(sites)}
+    tensors: Tensors = {}
+    for path, site in sites.items():
+        for letter, value in site.params.items():
+            tensors[PREFIX + _name(path, site, letter)] = _shaped(letter, load(value, np.dtype("f4")))
+    for path, site in tokens.items():
+        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = load(site.params["rows"], np.dtype("f4"))
+    if tokens:
+        config["trainable_token_indices"] = {p: load(s.params["index"]).tolist() for p, s in tokens.items()}
+    return config, tensors
+
+
+def _settings(sites: dict[str, Site]) -> dict[str, Any]:
+    """What sites share, and patterns for those that differ."""
+    tuners = {p: s.tuner for p, s in sites.items()}
+    if not tuners:
+        return {"r": 8, "lora_alpha": 8}
+    for field in ("rslora", "dropout"):
+        if len({getattr(t, field) for t in tuners.values()}) > 1:
+            raise Mismatch(f"sites with different {field}, which PEFT's format says once for all")
+    biased = {p for p, s in sites.items() if "c" in s.params}
+    if biased and biased != set(sites):
+        raise Mismatch(
+            f"{some(sorted(set(sites) - biased))} has no trained bias, others have: lora_bias is one setting"
+        )
+    r, alpha = (Counter(getattr(t, f) for t in tuners.values()).most_common(1)[0][0] for f in ("r", "alpha"))
+    one = next(iter(tuners.values()))
+    return {
+        "r": r,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {_exactly(p): t.r for p, t in tuners.items() if t.r != r},
+        "alpha_pattern": {_exactly(p): _plain(t.alpha) for p, t in tuners.items() if t.alpha != alpha},
+        "use_rslora": one.rslora,
+        "use_dora": one.name == "dora",
+        "lora_bias": bool(biased),
+        "lora_dropout": one.dropout,
+        "bias": "none",
+        "fan_in_fan_out": any(t.transposed and not t.embedding for t in tuners.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _exactly(path: str) -> str:
+    return "^" + re.escape(path)
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if float(number).is_integer() else number
+
+
+def _name(path: str, site: Site, letter: str) -> str:
+    if site.tuner.embedding and letter in "AB":
+        return f"{path}.lora_embedding_{letter}"
+    endings = {"A": "lora_A.weight", "B": "lora_B.weight", "c": "lora_B.bias", "m": "lora_magnitude_vector"}
+    if letter not in endings:
+        raise Mismatch(f"{quoted(path)} has {quoted(letter)!r}, which PEFT's LoRA has no name for")
+    return f"{path}.{endings[letter]}"
+
+
+def _shaped(letter: str, value: np.ndarray) -> np.ndarray:
+    return value.reshape(-1) if letter == "c" else value
+
+
+def _ia3(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
+    if "tokens" in {s.tuner.name for s in adapter.sites.values()}:
+        raise Mismatch("PEFT's IA3 holds no trained token rows", hint="write them apart")
+    feedforward = sorted(p for p, s in adapter.sites.items() if s.tuner.feedforward)
+    config = {"peft_type": "IA3", "target_modules": sorted(adapter.sites), "feedforward_modules": feedforward}
+    config |= {"fan_in_fan_out": any(s.tuner.transposed for s in adapter.sites.values()), "init_ia3_weights": True}
+    tensors = {}
+    for path, site in adapter.sites.items():
+        l = load(site.params["l"], np.dtype("f4"))
+        tensors[f"{PREFIX}{path}.ia3_l"] = (
+            l if l.ndim > 1 else l.reshape((1, -1) if site.tuner.feedforward else (-1, 1))
+        )
+    return config, tensors
+
+
+def _save(path: Path, config: dict[str, Any], tensors: Tensors) -> None:
+    arrays = {n: np.ascontiguousarray(tensors[n]) for n in sorted(tensors)}
+    head = header(((n, "F32", a.shape, a.nbytes) for n, a in arrays.items()), {"format": "pt"})
+    settings = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    size = len(head) + sum(a.nbytes for a in arrays.values())
+    plan = hashlib.sha256(settings + head)
+    for a in arrays.values():
+        plan.update(a)
+    with Output(path, plan=plan.hexdigest(), need=size + len(settings), files=2) as out:
+        if not out.done("adapter_model.safetensors"):
+            with out.file("adapter_model.safetensors", size) as fd:
+                write_all(fd, head, 0)
+                at = len(head)
+                for a in arrays.values():
+                    write_all(fd, memoryview(a.reshape(-1).view("u1")), at)
+                    at += a.nbytes
+        if not out.done("adapter_config.json"):
+            with out.file("adapter_config.json", len(settings)) as fd:
+                write_all(fd, settings, 0)
+        out.publish({"made": {"verb": "write", "format": "peft"}})

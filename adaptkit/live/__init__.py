@@ -1,0 +1,6 @@
+"""Adapters on a live model: attach, run, train, switch, merge, detach. The algebra is the tuners' own."""
+
+from .attach import adapted_modules, attach, detach, disabled, set_active
+from .merge import merge, unmerge
+
+__all__ = ["adapted_modules", "attach", "detach", "disabled", "merge", "set_active", "unmerge"]
