@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import adaptkit
-from adaptkit import DoRA, IA3, LoRA, Select, attach, detach, live
+from adaptkit import IA3, DoRA, LoRA, Select, attach, detach, live
 
 MODULES = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import registry
 from ..adapter import Adapter, Site
 from ..errors import AdaptKitError, Mismatch, quoted
 from ..store.arrays import WORDS, load, shape_of
@@ -163,7 +164,8 @@ def _sites(d: _Draft, adapter: Adapter, weight: float, index: int) -> None:
     places = locate(d.config, d.shapes, list(sites))
     for path, site in sites.items():
         try:
-            _site(d, adapter, site, places[path], weight, index)
+            with registry.blamed("tuners", site.tuner.name):
+                _site(d, adapter, site, places[path], weight, index)
         except AdaptKitError as e:
             e.message = f"{quoted(path)}: {e.message}"
             raise

@@ -10,6 +10,7 @@ from typing import Any
 from ..adapter import Adapter
 from ..errors import AdaptKitError
 from ..formats.base import read
+from ..select import layer
 from ..store.arrays import dtype_of, shape_of
 from ..store.checkpoint import open_checkpoint
 from ..store.entry import BITS, Entry
@@ -86,8 +87,6 @@ TELLING = {
 
 
 def _layers(adapter: Adapter) -> list[int]:
-    from ..select import layer
-
     return sorted({i for n in adapter.sites if (i := layer(n)) is not None})
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..engines import checks, layout
 from ..engines.blocks import Survival, share
 from ..engines.device import checked
@@ -192,9 +193,17 @@ def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
         "made": {k: v for k, v in plan.options.items() if v not in (None, False)},
         "base": Path(plan.checkpoint.path).name,
         "adapters": [p.name for p in plan.adapters],
+        "plugins": _plugins(plan),
         "changed": len(merged.changed),
         "lost_to_rounding": [round(x, 4) for x in merged.lost],
     }
+
+
+def _plugins(plan: Plan) -> dict[str, list[str]]:
+    """Tuners of other packages that took part: name -> packages and versions."""
+    names = sorted({c.tuner.name for t in plan.targets for c in t.changes})
+    strangers = [n for n in names if not registry.built_in("tuners", n)]
+    return {n: [f"{owner} {version(owner)}" for owner in registry.owners("tuners", n)] for n in strangers}
 
 
 def _survived(plan: Plan, found: Survival, merged: Merged) -> None:

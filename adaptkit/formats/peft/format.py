@@ -10,7 +10,7 @@ from typing import Any
 
 from ...adapter import Adapter, Site
 from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
-from ...select import matching
+from ...select import layer, matching
 from ...store import pickles
 from ...store.arrays import FLOATS, load
 from ...store.checkpoint import read_weights, warn
@@ -197,8 +197,6 @@ def _attention(module: str) -> str:
 
 
 def _layers(config: dict[str, Any], modules: list[str]) -> None:
-    from ...select import layer
-
     wanted = config.get("layers_to_transform")
     wanted = [wanted] if isinstance(wanted, int) else wanted
     if not wanted:
@@ -206,7 +204,7 @@ def _layers(config: dict[str, Any], modules: list[str]) -> None:
     exact = set(config["target_modules"]) if isinstance(config["target_modules"], list) else set()
     for module in modules:
         index = layer(module, config.get("layers_pattern"))
-        if index is not None and index not in wanted and module not in exact:
-            # before 0.20 PEFT took the last number of a path for the layer, so any number of it may be meant
-            if not {int(n) for n in module.split(".") if n.isdecimal()} & set(wanted):
-                raise Mismatch(f"holds tensors for {quoted(module)}, which layers_to_transform {wanted} leaves out")
+        # before 0.20 PEFT took the last number of a path for the layer, so any number of it may be meant
+        numbers = {index, *(int(n) for n in module.split(".") if n.isdecimal())}
+        if index is not None and module not in exact and not numbers & set(wanted):
+            raise Mismatch(f"holds tensors for {quoted(module)}, which layers_to_transform {wanted} leaves out")
