@@ -49,7 +49,8 @@ def command(
 
 def sentence(did: str, merged: Any) -> str:
     """One line of result."""
-    lost = f", rounding ate {max(merged.lost):.1%} of the update" if merged.lost else ""
+    which = "the update" if len(merged.lost) == 1 else "one adapter's update"
+    lost = f", rounding ate {max(merged.lost):.1%} of {which}" if merged.lost else ""
     again = f", {merged.resumed} files were there already" if merged.resumed else ""
     speed = f"{merged.bytes / max(merged.seconds, 1e-9) / 1e9:.2f} GB/s"
     return (
