@@ -16,6 +16,7 @@ import numpy as np
 from .. import registry
 from ..errors import AdaptKitError, Corrupt, Mismatch, System, quoted
 from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, working
+from ..store.entry import Entry
 from .plan import Change, Target
 
 ELEMENTS = 1 << 19  # of one sum: what stays in a core's cache in float32, and is long enough for a matrix product
@@ -26,7 +27,7 @@ SAMPLE = 16  # one sum in so many is looked at for what rounding left of the upd
 class Look:
     """What rounding to the stored dtype left of the update in one block, in squared norms.
 
-    update: |D|^2      lost: |stored(W + D) - (W + D)|^2      alone: |D_k|^2 of each adapter, when there are several
+    update: |D|^2      lost: |stored(W + D) - (W + D)|^2      alone: |D_k|^2 of each adapter that acts there
     zero: whether the base is all zero there
     """
 
@@ -40,12 +41,15 @@ class Look:
 
 @dataclass
 class Survival:
-    """Looks, added up. Plain values, so that a journal can hold them."""
+    """Looks, added up. Plain values, so that a journal can hold them.
+
+    adapters: position -> [|D_k|^2, what rounding lost where it acts].    worst: [tensor, share lost], the largest first.
+    """
 
     update: float = 0.0
     lost: float = 0.0
-    alone: dict[str, float] = field(default_factory=dict)
-    worst: list[list] = field(default_factory=list)  # [tensor, share lost], the largest first
+    adapters: dict[str, list[float]] = field(default_factory=dict)
+    worst: list[list] = field(default_factory=list)
     zero: bool = True  # nothing but zeros was seen
 
     @classmethod
@@ -56,7 +60,7 @@ class Survival:
             total.zero = total.zero and look.zero
             if not math.isfinite(look.update + look.lost):
                 continue  # NaN in the base has its own warning
-            total._add(look.update, look.lost, {str(k): v for k, v in look.alone.items()})
+            total._add(look.update, look.lost, {str(k): [v, look.lost] for k, v in look.alone.items()})
             sums = by_tensor.setdefault(look.tensor, [0.0, 0.0])
             sums[0] += look.update
             sums[1] += look.lost
@@ -66,15 +70,16 @@ class Survival:
 
     def add(self, other: Survival) -> None:
         """Another file's."""
-        self._add(other.update, other.lost, other.alone)
+        self._add(other.update, other.lost, other.adapters)
         self.worst = sorted(self.worst + other.worst, key=lambda x: (-x[1], x[0]))[:3]
         self.zero = self.zero and other.zero
 
-    def _add(self, update: float, lost: float, alone: dict[str, float]) -> None:
+    def _add(self, update: float, lost: float, adapters: dict[str, list[float]]) -> None:
         self.update += update
         self.lost += lost
-        for k, v in alone.items():
-            self.alone[k] = self.alone.get(k, 0.0) + v
+        for k, (alone, eaten) in adapters.items():
+            before = self.adapters.get(k, [0.0, 0.0])
+            self.adapters[k] = [before[0] + alone, before[1] + eaten]
 
 
 def share(lost: float, update: float) -> float:
@@ -202,7 +207,7 @@ class Tensor:
 
     def _change(self, matrix: np.ndarray, top: int, bottom: int, space: Workspace, looked_at: bool) -> dict[int, float]:
         """Apply every change; when it is looked at, |D_k|^2 of each adapter if there are several."""
-        several = looked_at and len({c.adapter for c, _ in self.steps}) > 1
+        several = looked_at and len({c.adapter for c, _ in self.steps}) > 1  # else it is the whole update
         alone: dict[int, float] = {}
         for change, apply in self.steps:
             start, stop = max(top, change.rows[0]), min(bottom, change.rows[1])
@@ -224,29 +229,45 @@ class Tensor:
         alone: dict[int, float],
         space: Workspace,
     ) -> None:
-        update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
-        space.looks.append(Look(self.target.name, first, update, lost, alone, not before.any()))
+        space.looks.append(looked(self.target, first, before, exact, stored, alone))
 
     def _finite(self, values: np.ndarray, first: int, space: Workspace) -> None:
         """Nothing becomes NaN or infinite that was not so in the base."""
-        low, high = values.min(initial=0), values.max(initial=0)
-        limit = LIMITS[self.target.dtype]
-        if -limit < low and high < limit:  # False for NaN as well
-            return
-        base = np.empty_like(values)
-        self._base(base, first, space)
-        sound = np.isfinite(base)
-        bad = sound & ~(np.abs(values) < limit)
-        if not bad.any() or self.allow_nonfinite:
-            space.warnings[f"{quoted(self.target.name)}: the base holds NaN or infinite values; they stay"] = None
-            return
-        finite = np.abs(values[bad & np.isfinite(values)])
-        largest = f" (largest {finite.max():.2g})" if finite.size else ""
-        raise Corrupt(
-            f"{int(bad.sum()):,} merged values overflow {self.target.dtype}{largest}",
-            where=self.target.name,
-            hint="use --dtype bfloat16 or float32",
-        )
+
+        def base() -> np.ndarray:
+            found = np.empty_like(values)
+            self._base(found, first, space)
+            return found
+
+        in_range(self.target, values, base, self.allow_nonfinite, space)
+
+
+def looked(
+    target: Target, first: int, before: np.ndarray, exact: np.ndarray, stored: np.ndarray, alone: dict[int, float]
+) -> Look:
+    """What one block says of rounding. alone: |D_k|^2 by adapter; of a single one it is the whole update's."""
+    update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
+    adapters = {c.adapter for c in target.changes}
+    alone = {adapters.pop(): update} if len(adapters) == 1 else alone
+    return Look(target.name, first, update, lost, alone, not before.any())
+
+
+def in_range(target: Target, values: np.ndarray, base: Callable[[], np.ndarray], allow: bool, space: Workspace) -> None:
+    """Raises Corrupt when a number would be stored as NaN or infinite that was neither in the base; warns of those."""
+    limit = LIMITS[target.dtype]
+    if -limit < values.min(initial=0) and values.max(initial=0) < limit:  # False for NaN as well
+        return
+    bad = np.isfinite(base()) & ~(np.abs(values) < limit)
+    if not bad.any() or allow:
+        space.warnings[f"{quoted(target.name)}: the base holds NaN or infinite values; they stay"] = None
+        return
+    finite = np.abs(values[bad & np.isfinite(values)])
+    largest = f" (largest {finite.max():.2g})" if finite.size else ""
+    raise Corrupt(
+        f"{int(bad.sum()):,} merged values overflow {target.dtype}{largest}",
+        where=target.name,
+        hint="use --dtype bfloat16 or float32",
+    )
 
 
 def _limit(dtype: str) -> float:
@@ -294,6 +315,8 @@ def _blend(rows: np.ndarray, changed: np.ndarray, weight: float) -> None:
 
 def whole(target: Target, device: Any = None) -> np.ndarray:
     """A tensor that cannot be computed by rows, all of it, as a working-precision array of its shape."""
+    if not target.changes and isinstance(target.source, Entry) and target.source.dtype == target.dtype:
+        return load(target.source)  # only laid out anew: no number may pass through another type
     dtype = working(target.dtype)
     W = load(target.source, dtype).reshape(target.view).copy()
     for change in target.changes:

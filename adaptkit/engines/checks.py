@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from ..select import Select
 from ..store.arrays import FLOATS, load
 from ..store.checkpoint import Checkpoint, warn
 from ..store.entry import Entry
-from ..store.names import PREFIXES
 from ..tuners.base import Tuner
+from .plan import Target
 
 
 def config(checkpoint: Checkpoint) -> None:
@@ -69,7 +70,7 @@ def saved_modules(adapter: Adapter, names: list[str]) -> None:
             )
 
 
-def coverage(adapter: Adapter, names: list[str]) -> None:
+def coverage(adapter: Adapter, tensors: Mapping[str, Target]) -> None:
     """Warn when the settings aim at modules for which the file holds nothing."""
     about = adapter.about
     targets = about.get("target_modules")
@@ -82,21 +83,13 @@ def coverage(adapter: Adapter, names: list[str]) -> None:
         layers_pattern=about.get("layers_pattern"),
         exclude=about.get("exclude_modules"),
     )
-    modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
-    have = {_bare(s) for s in adapter.sites} | {_bare(n.rpartition(".")[0]) for n in adapter.whole}
-    silent = [m for m in chosen.hits(modules) if _bare(m) not in have]
+    modules = {n.removesuffix(".weight"): t for n, t in tensors.items() if n.endswith(".weight")}
+    silent = [m for m in chosen.hits(modules) if not (modules[m].changes or modules[m].replaced)]
     if silent:
-        warn(
-            f"target_modules covers {some(silent)}, but the adapter holds nothing for {'it' if len(silent) == 1 else 'them'}"
-        )
+        it = "it" if len(silent) == 1 else "them"
+        warn(f"target_modules covers {some(silent)}, but the adapter holds nothing for {it}")
     if ghosts := [t for t in targets if t and not any(s == t or s.endswith(f".{t}") for s in adapter.sites)]:
         warn(f"target_modules names {some(sorted(ghosts))}, which the adapter holds nothing for")
-
-
-def _bare(module: str) -> str:
-    """A module path without its base-model prefix, so that both sides can be compared."""
-    first, _, rest = module.partition(".")
-    return rest if rest and first in PREFIXES else module
 
 
 def numbers(adapter: Adapter) -> None:

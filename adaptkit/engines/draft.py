@@ -66,7 +66,7 @@ def draft(
         try:
             _whole(d, adapter, weight)
             _sites(d, adapter, weight, i)
-            checks.coverage(adapter, list(d.targets))
+            checks.coverage(adapter, d.targets)
         except AdaptKitError as e:
             raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
     _order(d)
@@ -114,7 +114,10 @@ def _replace(d: _Draft, adapter: Adapter, name: str, edge: Edge, value: Any, wei
     if edge.disk_rows or edge.disk_expert is not None:
         raise Mismatch(f"replaces {quoted(name)}, which the base stores as a part of {quoted(disk)}", hint=RESAVE)
     old = d.targets.get(disk)
+    _apart(d, disk, adapter)
     source = part_of(value, edge)
+    if old is not None and isinstance(source, Entry) and source.dtype != old.dtype:
+        addable(old)
     if old is not None and old.replaced and not _equal(old.source, source):
         raise Mismatch(f"two adapters replace {quoted(name)} by different tensors", hint="merge one of them")
     stored = d.dtype or (old.dtype if old is not None else checks.main_dtype(d.entries))
@@ -149,6 +152,12 @@ def _rows_of(entry: Entry, start: int, stop: int) -> Entry:
     )
 
 
+def _apart(d: _Draft, disk: str, adapter: Adapter) -> None:
+    """Raises Mismatch when a change meant for one of two tied ends would reach the other through their one tensor."""
+    if d.ends.tied and d.ends.head is None and disk == d.ends.embedding and id(adapter) not in d.ends.same:
+        raise Mismatch(f"changes {quoted(disk)}, which is also the output head", hint="serve it as an adapter")
+
+
 def _equal(a: Any, b: Any) -> bool:
     return shape_of(a) == shape_of(b) and bool((load(a) == load(b)).all())
 
@@ -176,6 +185,8 @@ def _site(d: _Draft, adapter: Adapter, site: Site, edges: list[Edge], weight: fl
     shapes = {k: shape_of(v) for k, v in site.params.items()}
     tuner = site.tuner.fit(shape, shapes, square(site.tuner, edges[0].parameter, d.config, adapter))
     for edge in edges:
+        if tuner.name != "tokens":
+            _apart(d, edge.disk, adapter)
         for change in _changes(tuner, site, edge, shape, d.targets[edge.disk].shape, weight, index):
             _add(d, edge.disk, change)
     if tuner.changes_bias(site.params):

@@ -17,7 +17,7 @@ from ..errors import Mismatch, quoted
 from ..store.arrays import load, shape_of
 from ..store.checkpoint import warn
 from ..store.entry import Entry
-from ..store.names import direct, prefixes
+from ..store.names import direct, locate, prefixes
 from .plan import Target
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared")
@@ -40,6 +40,7 @@ class Ends:
         self.head = _named(self.entries, HEADS)
         self.head_name = self.head or "lm_head.weight"
         self.tied = self._is_tied()
+        self._located: dict[str, bool] = {}
         self.same: set[int] = set()  # adapters that change both tied ends alike
         self.resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._share()
@@ -105,7 +106,17 @@ class Ends:
             )
 
     def is_embedding(self, name: str) -> bool:
-        return self.embedding is not None and direct(name, {self.embedding}, prefixes({self.embedding})) is not None
+        """Whether a parameter is the input embedding, also under the name that the model has for it."""
+        if self.embedding is None or name.removesuffix(".weight").rpartition(".")[2] not in EMBEDDINGS:
+            return False
+        if found := direct(name, self.entries, prefixes(self.entries)):
+            return found == self.embedding
+        if name not in self._located:
+            site = name.removesuffix(".weight")
+            shapes = {n: e.shape for n, e in self.entries.items()}
+            edges = locate(self.config, shapes, [site], optional=[site]).get(site, [])
+            self._located[name] = any(e.disk == self.embedding for e in edges)
+        return self._located[name]
 
     def is_end(self, name: str) -> bool:
         """Whether a parameter is the output head."""
@@ -145,7 +156,7 @@ class Ends:
         """The config with the vocabulary or the labels that the new shapes say. Raises Mismatch when the ends differ."""
         if not config:
             return config
-        config = _labels(targets, config, adapters)
+        config = self._said_untied(targets, _labels(targets, config, adapters))
         if not self.resized.keys() & {self.embedding, self.head_name}:
             return config
         ends = {n: targets[n].shape[0] for n in (self.embedding, self.head_name) if n in targets}
@@ -153,6 +164,15 @@ class Ends:
             sizes = " and ".join(f"{n} has {rows}" for n, rows in ends.items())
             raise Mismatch(f"the vocabulary would have two sizes: {sizes} rows", hint="save both ends with the adapter")
         return _with_vocabulary(config, next(iter(ends.values())))
+
+    def _said_untied(self, targets: dict[str, Target], config: dict[str, Any]) -> dict[str, Any]:
+        """The config, saying that the ends differ when they do: left out, some families take them for tied."""
+        ends = [targets.get(n or "") for n in (self.embedding, self.head)]
+        said = any("tie_word_embeddings" in c for c in _configs(config))
+        changed = [t is not None and bool(t.changes or t.replaced) for t in ends]
+        if self.tied or said or None in ends or not any(changed) or not _is_language(config):
+            return config
+        return {**config, "tie_word_embeddings": False}
 
     def tokenizer(self, extras: list[tuple[Path, str]], targets: dict[str, Target], adapters) -> list[tuple[Path, str]]:
         """The files beside the weights; the adapter's tokenizer when its vocabulary is the new one."""

@@ -7,17 +7,28 @@ import re
 from ..store.checkpoint import Checkpoint
 from .plan import Target
 
-SINGLE = "model.safetensors"
+ENDING = ".safetensors"
+
+
+def stem(checkpoint: Checkpoint) -> str:
+    """What the output's files are called before their numbers: as in the base, "model" where that was PyTorch's."""
+    if checkpoint.pickled:
+        return "model"
+    if checkpoint.index:
+        return checkpoint.index.removesuffix(f"{ENDING}.index.json")
+    name = checkpoint.files[0].name.removesuffix(ENDING)
+    return "model" if "-of-" in name else name
 
 
 def files(checkpoint: Checkpoint, targets: dict[str, Target], limit: int | None) -> dict[str, list[Target]]:
     """Output file -> tensors. limit: the most bytes of one file, None to keep the base's layout."""
-    return _filled(list(targets.values()), limit) if limit else _kept(checkpoint, targets)
+    found = _filled(stem(checkpoint), list(targets.values()), limit) if limit else _kept(checkpoint, targets)
+    return found if len(found) > 1 else {stem(checkpoint) + ENDING: held for held in found.values()}
 
 
 def _kept(checkpoint: Checkpoint, targets: dict[str, Target]) -> dict[str, list[Target]]:
     """The base's files; a tensor that the base does not have goes into the last one."""
-    names = {f: _safe_name(f.name, len(checkpoint.files)) for f in checkpoint.files}
+    names = {f: _safe_name(f.name) for f in checkpoint.files}
     out: dict[str, list[Target]] = {name: [] for name in names.values()}
     last = names[checkpoint.files[-1]]
     for name, t in targets.items():
@@ -27,16 +38,15 @@ def _kept(checkpoint: Checkpoint, targets: dict[str, Target]) -> dict[str, list[
     return {name: held for name, held in out.items() if held}
 
 
-def _safe_name(name: str, count: int) -> str:
+def _safe_name(name: str) -> str:
     """pytorch_model-00001-of-00002.bin -> model-00001-of-00002.safetensors"""
-    if name.endswith(".safetensors"):
-        return name if count > 1 or name == SINGLE or "-of-" not in name else SINGLE
-    if found := re.search(r"-\d+-of-\d+(?=\.)", name):
-        return f"model{found[0]}.safetensors"
-    return SINGLE if count == 1 else f"{name.rpartition('.')[0]}.safetensors"
+    if name.endswith(ENDING):
+        return name
+    found = re.search(r"-\d+-of-\d+(?=\.)", name)
+    return f"model{found[0]}{ENDING}" if found else f"{name.rpartition('.')[0]}{ENDING}"
 
 
-def _filled(targets: list[Target], limit: int) -> dict[str, list[Target]]:
+def _filled(name: str, targets: list[Target], limit: int) -> dict[str, list[Target]]:
     shards: list[list[Target]] = [[]]
     size = 0
     for t in targets:
@@ -45,9 +55,7 @@ def _filled(targets: list[Target], limit: int) -> dict[str, list[Target]]:
             size = 0
         shards[-1].append(t)
         size += t.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": held for i, held in enumerate(shards, 1)}
+    return {f"{name}-{i:05}-of-{len(shards):05}{ENDING}": held for i, held in enumerate(shards, 1)}
 
 
 def notes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -79,7 +87,6 @@ def index(files: dict[str, list[Target]]) -> dict | None:
     }
 
 
-def index_name(files: dict[str, list[Target]]) -> str:
-    """The name of the index: what the shards' names have in common."""
-    stem = re.sub(r"-\d+-of-\d+(?=\.)", "", next(iter(files)))
-    return f"{stem}.index.json"
+def index_name(checkpoint: Checkpoint) -> str:
+    """The name under which the index is looked for."""
+    return f"{stem(checkpoint)}{ENDING}.index.json"

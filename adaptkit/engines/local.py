@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ..store.arrays import rounded
+from ..store.arrays import load, rounded
 from ..store.disk import fd_is_direct, write_all
 from ..store.entry import Entry
 from ..store.output import Output
 from ..store.safetensors import header
-from .blocks import Survival, Tensor, Workspace, whole
+from .blocks import LIMITS, Survival, Tensor, Workspace, in_range, looked, whole
 from .plan import Plan, Target
 
 BLOCK = 4 << 20  # bytes written at once
@@ -79,14 +79,16 @@ class Local:
         self.workers = workers or default_workers()
         self.progress = progress or (lambda n: None)
         self.allow_nonfinite, self.device = allow_nonfinite, device
-        self._threads, self._hands = threading.local(), []
+        self._threads = threading.local()
+        self._spaces: list[Workspace] = []
         self.survival = Survival()
         self._stopping = threading.Event()
         self.warnings: dict[str, None] = {}
 
     def write(self, plan: Plan, out: Output) -> None:
         """Write every file of the plan that is not finished yet."""
-        spill = _Spill(out.partial, self.device)
+        spill = _Spill(out.partial, self.device, self.allow_nonfinite)
+        self._spaces.append(spill.space)
         with single_threaded_blas(), ThreadPoolExecutor(self.workers) as pool:
             try:
                 for name, targets in plan.files.items():
@@ -100,8 +102,8 @@ class Local:
             finally:
                 spill.close()
                 pool.shutdown(cancel_futures=True)
-                for hand in self._hands:
-                    hand.space.close()
+                for space in self._spaces:
+                    space.close()
 
     def _file(self, s: Shard, out: Output, pool: ThreadPoolExecutor) -> None:
         with out.file(s.name, s.size, direct=True) as fd:
@@ -135,13 +137,13 @@ class Local:
         """What the calling thread works with."""
         if not hasattr(self._threads, "hand"):
             self._threads.hand = _Hand()
-            self._hands.append(self._threads.hand)
+            self._spaces.append(self._threads.hand.space)
         return self._threads.hand
 
     def _noticed(self) -> Survival:
         """Put together what the threads noticed since they were last asked."""
         looks = []
-        for space in (hand.space for hand in self._hands):
+        for space in self._spaces:
             looks += space.looks
             self.warnings |= space.warnings
             space.looks = []
@@ -175,15 +177,27 @@ def fill(s: Shard, out: memoryview, at: int, space: Workspace) -> None:
 class _Spill:
     """Tensors that must be computed at once are written to a scratch file, and then copied like any other."""
 
-    def __init__(self, folder: Path, device: Any = None):
+    def __init__(self, folder: Path, device: Any = None, allow_nonfinite: bool = False):
         self.path, self.device, self.fd, self.size = folder / ".computed", device, None, 0
+        self.allow_nonfinite, self.space = allow_nonfinite, Workspace()
 
     def ready(self, target: Target) -> Target:
         if not target.whole:
             return target
         with single_threaded_blas():
-            values = rounded(whole(target, self.device), target.dtype)
+            values = self._computed(target)
         return Target(target.name, target.dtype, target.shape, self._entry(target, values), target.view)
+
+    def _computed(self, target: Target) -> np.ndarray:
+        exact = whole(target, self.device)
+        if target.dtype not in LIMITS:
+            return exact
+        stored = rounded(exact, target.dtype)
+        in_range(target, exact, lambda: load(target.source, exact.dtype), self.allow_nonfinite, self.space)
+        if target.changes:
+            before = load(target.source, exact.dtype)
+            self.space.looks.append(looked(target, 0, before.reshape(exact.shape), exact, stored, {}))
+        return stored
 
     def _entry(self, target: Target, values: np.ndarray) -> Entry:
         if self.fd is None:

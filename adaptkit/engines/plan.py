@@ -194,7 +194,8 @@ def target(name: str, source: Entry | np.ndarray, dtype: str | None, replaced: b
     shape = shape_of(source)
     stored = source.dtype if isinstance(source, Entry) else "F32"
     wanted = dtype if dtype and stored in FLOATS else stored
-    return Target(name, wanted, shape, source, matrix(shape), replaced=replaced)
+    # without changes there are no rows to keep together, and one row may be very long
+    return Target(name, wanted, shape, source, (math.prod(shape), 1), replaced=replaced)
 
 
 def addable(t: Target) -> None:

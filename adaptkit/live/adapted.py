@@ -65,7 +65,7 @@ class Adapted(nn.Module):
 
 def key(name: str) -> str:
     """An adapter's name as a module's: dots would be taken for a path."""
-    return name.replace(".", "\u2024") or "\u2024"
+    return "adapter_" + name.replace(".", "\u2024")  # prefixed, since ModuleDict refuses its own methods' names
 
 
 def _long(value: Tensor) -> Tensor:

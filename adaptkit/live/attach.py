@@ -94,7 +94,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """The wrapped modules of a model, by the path they had before they were wrapped."""
-    return {path.replace(".base", ""): m for path, m in model.named_modules() if isinstance(m, Adapted)}
+    return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
 
 
 def wrapped(model: nn.Module, path: str) -> Adapted:
@@ -127,6 +127,7 @@ def _fresh(model: nn.Module, tuner: Tuner, select: Select | None) -> dict[str, S
         module = _base(model.get_submodule(path))
         if not adaptable(module):
             raise Mismatch(f"{quoted(path)} is a {type(module).__name__}, which {tuner.name} cannot stand on")
+        _called(model, path)
         fitted = suited(tuner, module)
         sites[path] = Site(fitted, dict(fitted.init(module)))
     return sites
@@ -157,7 +158,19 @@ def _given(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
 
 def adaptable(module: nn.Module) -> bool:
     """Whether a tuner can stand on a module: one weight matrix or kernel, used in the ordinary way."""
-    return isinstance(module, PLAIN) or type(module).__name__ == "Conv1D"
+    kind = type(module).__name__
+    # nn.MultiheadAttention reads this one's weight without ever calling it
+    return (isinstance(module, PLAIN) and kind != "NonDynamicallyQuantizableLinear") or kind == "Conv1D"
+
+
+def _called(model: nn.Module, path: str) -> None:
+    """Raises Mismatch for a layer whose parent, while not training, reads its weight instead of calling it."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise Mismatch(
+            f"{quoted(path)} stands in nn.TransformerEncoderLayer, whose fast path goes around its layers",
+            hint="build the encoder of layers that are called",
+        )
 
 
 def turned(module: nn.Module) -> bool:

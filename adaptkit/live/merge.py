@@ -1,4 +1,4 @@
-"""Merging on a live model: the tuner's weight, rounded once, in the place of the base's. Undoing gives the very bytes back."""
+"""Merging on a live model: the tuner's weight, rounded once, in the place of the base's. Undoing puts the old one back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import Corrupt, Mismatch, quoted, some
 from .adapted import Adapted
-from .attach import adapted_modules
+from .attach import FLAG, adapted_modules
 
 KEPT = "_adaptkit_before"
 
@@ -52,7 +52,7 @@ def unmerge(model: nn.Module) -> list[str]:
     with torch.no_grad():
         for module in modules.values():
             for part, value in getattr(module, KEPT).items():
-                getattr(module.base, part).copy_(value)
+                setattr(module.base, part, value)
             delattr(module, KEPT)
             module.merged = []
     return list(modules)
@@ -81,7 +81,12 @@ def _wide(value: Any, like: Tensor) -> Any:
 
 
 def _replace(module: Adapted, values: dict[str, Tensor], keep: bool) -> None:
+    """Give the module parameters of its own, so that a tensor it shares with another module stays what it was."""
     if keep and not hasattr(module, KEPT):
-        object.__setattr__(module, KEPT, {n: p.detach().clone() for n, p in _parts(module)})
+        object.__setattr__(module, KEPT, dict(_parts(module)))
     for part, value in values.items():
-        getattr(module.base, part).copy_(value)
+        old = getattr(module.base, part)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        if hasattr(old, FLAG):
+            setattr(new, FLAG, getattr(old, FLAG))
+        setattr(module.base, part, new)

@@ -39,6 +39,7 @@ class Checkpoint:
     entries: dict[str, Entry]
     files: list[Path]
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    index: str | None = None  # the name of the index file
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def _sharded(path: Path, index: Path) -> Checkpoint:
         entries.update(found)
     _keeps_promises(path, index, promised, entries)
     _stale(path, files)
-    return Checkpoint(path, path, entries, files, metadata)
+    return Checkpoint(path, path, entries, files, metadata, index.name)
 
 
 def _shard(path: Path, index: Path, name: str, tensor: str) -> Path:

@@ -175,7 +175,7 @@ def _beside(plan: Plan, out: Output) -> None:
     if plan.config is not None:
         _text(out, "config.json", plan.config)
     if table := layout.index(plan.files):
-        _text(out, layout.index_name(plan.files), table)
+        _text(out, layout.index_name(plan.checkpoint), table)
 
 
 def _text(out: Output, name: str, value: dict[str, Any]) -> None:
@@ -211,8 +211,8 @@ def _survived(plan: Plan, found: Survival, merged: Merged) -> None:
     if not found.update:
         return
     count = len(plan.options.get("weights") or [1])
-    alone = [found.alone.get(str(k), 0.0) for k in range(count)] if found.alone else [found.update]
-    merged.lost = [share(found.lost, a) for a in alone]
+    sums = [found.adapters.get(str(k), [0.0, 0.0]) for k in range(count)]
+    merged.lost = [share(lost, update) for update, lost in sums]
     for k, lost in enumerate(merged.lost):
         if lost > MUCH_LOST:
             name = plan.adapters[k].name if k < len(plan.adapters) else f"adapter {k + 1}"

@@ -12,9 +12,9 @@ import numpy as np
 from ..engines.blocks import ELEMENTS, Survival, Tensor, Workspace, share
 from ..engines.local import expected, single_threaded_blas
 from ..engines.plan import Target
-from ..errors import Mismatch, Usage, some
+from ..errors import Corrupt, Mismatch, Usage, quoted, some
 from ..store.arrays import FLOATS, NUMPY, WORDS, working
-from ..store.checkpoint import Checkpoint, open_checkpoint, read_json
+from ..store.checkpoint import Checkpoint, open_checkpoint, read_json, warn
 from ..store.entry import Entry
 from .inputs import Source
 from .merge import check_pickles, planned
@@ -59,8 +59,8 @@ def verify(
         raise Usage(f"{sample} tensors cannot tell anything", where="--sample")
     found = open_checkpoint(Path(merged))
     check_pickles(found)
-    said = _said(found)
-    plan = planned(base, adapters, weights=weights or said.get("weights"), dtype=_dtype(found, Path(base)))
+    weights = weights or _said(found).get("weights")
+    plan = planned(base, adapters, weights=weights, dtype=_dtype(found, Path(base)))
     result = Verified(True, len(plan.targets), 0, 0, 0)
     for name in plan_difference(plan.targets, found):
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"
@@ -86,7 +86,15 @@ def verify(
 def _said(found: Checkpoint) -> dict:
     receipt = found.root / "adaptkit.json"
     made = read_json(receipt).get("made") if receipt.is_file() else None
-    return made if isinstance(made, dict) and made.get("verb") == "merge" else {}
+    if not isinstance(made, dict) or made.get("verb") != "merge" or "weights" not in made:
+        return {}
+    weights = made["weights"]
+    if not isinstance(weights, list) or not all(type(w) in (int, float) and w for w in weights):
+        raise Corrupt(f"says weights {quoted(weights)}", where=receipt.name, hint="say --weights")
+    if any(w != 1 for w in weights):
+        shown = ",".join(f"{w:g}" for w in weights)
+        warn(f"compared with weights {shown}, as adaptkit.json says; --weights asks otherwise")
+    return made
 
 
 def _dtype(found: Checkpoint, base: Path) -> str | None:

@@ -1,0 +1,172 @@
+"""LoraConfig and IA3Config: PEFT's fields and defaults. What is not supported is refused, never ignored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import Mismatch, Usage, quoted
+from ..formats.peft.config import read_config
+from .files import CONFIG, folder_of, write_json
+from .kinds import PeftType, TaskType, task
+
+Names = list[str] | set[str] | str
+HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+@dataclass
+class PeftConfig:
+    """What all adapters have in common."""
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, str] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self.task_type = task(self.task_type)
+        if self.task_type in HEADS:
+            raise Mismatch(
+                f"task_type {self.task_type.value} trains the head as well, which is not there yet",
+                hint="leave task_type out to train the adapter alone",
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+    ) -> PeftConfig:
+        """The settings of a saved adapter, as the class of their kind."""
+        raw = read_config(folder_of(pretrained_model_name_or_path, subfolder, hub) / CONFIG)
+        kinds = {"LORA": LoraConfig, "IA3": IA3Config}
+        if raw["peft_type"] not in kinds:
+            raise Mismatch(f"peft_type {quoted(raw['peft_type'])} is not there yet; {' and '.join(kinds)} are")
+        kind = kinds[raw["peft_type"]]
+        known = {f.name for f in fields(kind)}
+        return kind(**{k: v for k, v in raw.items() if k in known and v is not None})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json into a folder."""
+        write_json(Path(save_directory) / CONFIG, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the adapter is made of virtual tokens."""
+        return False
+
+
+@dataclass
+class _Targeted(PeftConfig):
+    target_modules: Names | None = None
+    exclude_modules: Names | None = None
+    fan_in_fan_out: bool = False  # set from the modules themselves
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules, self.exclude_modules = _set(self.target_modules), _set(self.exclude_modules)
+        if self.modules_to_save:
+            raise Mismatch(f"modules_to_save {self.modules_to_save} is not there yet")
+
+
+# fields of PEFT's LoraConfig that must be left as they are
+OFF = (
+    "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
+)  # fmt: skip
+STARTS = (True, False, "gaussian")
+PLAIN_STARTS = (*STARTS, "orthogonal")  # a saved adapter that started so is an ordinary one
+
+
+@dataclass
+class LoraConfig(_Targeted):
+    """LoRA, rsLoRA and DoRA."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        for name in OFF:
+            if getattr(self, name):
+                raise Mismatch(f"{name} is not there yet")
+        if self.bias != "none":
+            raise Mismatch(f"bias={self.bias!r} is not there yet; 'none' is")
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()
+        if self.init_lora_weights not in PLAIN_STARTS:
+            raise Mismatch(f"init_lora_weights={self.init_lora_weights!r} is not there yet; True, False and 'gaussian' are")
+        self._numbers()
+        self._layers()
+
+    def _numbers(self) -> None:
+        for name, r in {"r": self.r, **self.rank_pattern}.items():
+            if type(r) is not int or r < 1:
+                raise Usage(f"{quoted(name)} is {r!r}, a rank is a whole number from 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise Usage(f"lora_dropout is {self.lora_dropout!r}, it lies between 0 and 1")
+
+    def _layers(self) -> None:
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise Usage("layers_to_transform and layers_pattern go with a list of target_modules, not with a pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise Usage("layers_pattern needs layers_to_transform")
+
+
+@dataclass
+class IA3Config(_Targeted):
+    """(IA)^3."""
+
+    feedforward_modules: Names | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.IA3
+        self.feedforward_modules = _set(self.feedforward_modules)
+        if isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set):
+            if lost := sorted(self.feedforward_modules - self.target_modules):
+                raise Usage(f"feedforward_modules names {', '.join(lost)}, which target_modules does not")
+
+
+def _set(names: Any) -> Any:
+    return set(names) if isinstance(names, (list, tuple)) else names
