@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,44 @@ def test_merging_short_floats_rounds_once(dtype: torch.dtype):
     got = model.layer.base.weight.detach()
     assert (got != exact.to(dtype)).float().mean() < 1e-3  # a tie may fall either way in float32
     assert (got.double() - exact).abs().max() <= (exact.abs() * torch.finfo(dtype).eps).max()
+
+
+def test_merging_one_of_two_tied_ends_leaves_the_other(language_model):
+    """Beside the weights or inside them, a LoRA on the embedding does not touch the head; unmerge ties them again."""
+    with torch.no_grad():
+        plain = language_model(IDS).logits
+    attach(language_model, LoRA(r=4), Select(r".*embed_tokens"))
+    stir(language_model)
+    with torch.no_grad():
+        running = language_model(IDS).logits
+        live.merge(language_model)
+        merged = language_model(IDS).logits
+        live.unmerge(language_model)
+        detach(language_model)
+        back = language_model(IDS).logits
+
+    assert not torch.allclose(running, plain, atol=1e-2)
+    torch.testing.assert_close(merged, running, atol=1e-3, rtol=1e-4)
+    assert torch.equal(back, plain)
+    assert language_model.lm_head.weight is language_model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("path", ["attention.out_proj", "encoder.linear1"])
+def test_layers_that_nobody_calls_are_refused(path: str):
+    """nn.MultiheadAttention and nn.TransformerEncoderLayer read weights of layers they do not call."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "encoder": nn.TransformerEncoderLayer(8, 2, 16)})
+
+    with pytest.raises(adaptkit.AdaptKitError, match=path):
+        attach(model, LoRA(r=2), Select(re.escape(path)))
+
+
+def test_odd_names_of_modules_and_adapters_are_kept():
+    """A module called base_net, adapters called keys and a.b: attached, found and given back under their names."""
+    model = nn.ModuleDict({"base_net": nn.ModuleDict({"base": nn.Linear(4, 3)})})
+    for name in ("keys", "a.b"):
+        attach(model, LoRA(r=2), Select("base_net.base"), name=name)
+
+    assert list(live.adapted_modules(model)) == ["base_net.base"]
+    for name in ("keys", "a.b"):
+        assert list(detach(model, name).sites) == ["base_net.base"]
+    assert isinstance(model["base_net"]["base"], nn.Linear)
