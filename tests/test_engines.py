@@ -206,3 +206,82 @@ def test_one_very_long_row_is_read_once(tmp_path: Path):
     assert np.frombuffer(out, "f4").tolist() == row.float().reshape(-1).tolist()
     assert space._buffers["sum"].nbytes < 10 * 2**20
     space.close()
+
+
+def test_sentence_transformers_modules_come_along(tmp_path: Path):
+    """Weights that modules.json names are copied; others inside the base are warned of."""
+    base = base_with(tmp_path / "base", {"model.safetensors": load_file(LLAMA / "model.safetensors")})
+    for folder in ("2_Dense", "other"):
+        (base / folder).mkdir()
+        save_file({"linear.weight": torch.ones(2, 2)}, base / folder / "model.safetensors")
+        (base / folder / "config.json").write_text("{}")
+    (base / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}]))
+
+    with pytest.warns(adaptkit.AdaptKitWarning, match="left behind: other/model.safetensors"):
+        adaptkit.merge(base, LORA, tmp_path / "out")
+
+    dense = "2_Dense/model.safetensors"
+    assert (tmp_path / "out" / dense).read_bytes() == (base / dense).read_bytes()
+    assert not (tmp_path / "out/other/model.safetensors").exists()
+
+
+def test_the_tokenizer_is_that_of_the_adapter_that_grew_the_vocabulary(tmp_path: Path):
+    """Another adapter's tokenizer, which lies beside it by habit, is not shipped."""
+    first = tmp_path / "first"
+    shutil.copytree(LORA, first)
+    (first / "tokenizer.json").write_text("{}")
+    grown = FIXTURES / "adapters/llama/grown"
+
+    adaptkit.merge(LLAMA, [first, grown], tmp_path / "out")
+
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (grown / "tokenizer.json").read_bytes()
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 263
+
+
+def test_replacing_what_another_adapter_changed_is_refused_in_that_order(tmp_path: Path):
+    """A change before a replacement would be lost; after it, it counts."""
+    weights = {"m.q_proj.weight": torch.ones(8, 8), "lm_head.weight": torch.ones(8, 8)}
+    base = base_with(tmp_path / "base", {"model.safetensors": weights})
+    change = adapter_with(tmp_path / "change", lora("lm_head", 8, 8, 1.0), target_modules=["lm_head"])
+    new = lora("m.q_proj", 8, 8, 1.0) | {"lm_head.weight": 3 * torch.ones(8, 8)}
+    whole = adapter_with(tmp_path / "whole", new, target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    with pytest.raises(adaptkit.AdaptKitError, match="after another adapter changed it"):
+        adaptkit.merge(base, [change, whole], tmp_path / "out")
+    adaptkit.merge(base, [whole, change], tmp_path / "out")
+
+    factors = lora("lm_head", 8, 8, 1.0)
+    expected = 3 + factors["lm_head.lora_B.weight"].double() @ factors["lm_head.lora_A.weight"].double()
+    got = load_file(tmp_path / "out/model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_another_programs_index_does_not_win_over_the_models_file(tmp_path: Path):
+    """consolidated.safetensors.index.json lies beside model.safetensors in some repositories."""
+    base = base_with(tmp_path / "base", {"model.safetensors": load_file(LLAMA / "model.safetensors")})
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, base / "consolidated-00001-of-00001.safetensors")
+    table = {"weight_map": {"tok_embeddings.weight": "consolidated-00001-of-00001.safetensors"}}
+    (base / "consolidated.safetensors.index.json").write_text(json.dumps(table))
+
+    assert "model.norm.weight" in adaptkit.open_checkpoint(base).entries
+
+
+def test_the_plan_says_which_numbers_each_change_reads():
+    """Two sites that swap their factors make another plan: a stopped run of the one is not continued by the other."""
+    from adaptkit.verbs.merge import planned
+
+    one, other = adaptkit.read(LORA), adaptkit.read(LORA)
+    a, b = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    other.sites[a], other.sites[b] = other.sites[b], other.sites[a]
+
+    assert planned(LLAMA, one).fingerprint() == planned(LLAMA, adaptkit.read(LORA)).fingerprint()
+    assert planned(LLAMA, one).fingerprint() != planned(LLAMA, other).fingerprint()
+
+
+@pytest.mark.parametrize("size", ["0", "0.5B", 0, "5 parsecs", "-1"])
+def test_a_shard_size_that_is_none_is_a_usage_error(size, tmp_path: Path):
+    """Nothing is silently taken for "keep"."""
+    with pytest.raises(adaptkit.AdaptKitError, match="is not a size") as caught:
+        adaptkit.merge(LLAMA, LORA, tmp_path / "out", max_shard_size=size)
+
+    assert caught.value.code == 2

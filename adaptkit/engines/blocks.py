@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from .. import registry
-from ..errors import AdaptKitError, Corrupt, Mismatch, System, quoted
+from ..errors import AdaptKitError, Corrupt, System, quoted
 from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, working
 from ..store.entry import Entry
 from .plan import Change, Target
@@ -139,7 +139,7 @@ class Tensor:
     def steps(self) -> list[tuple[Change, Apply]]:
         with self._lock:
             if self._steps is None:
-                self._steps = [(c, _step(c, self.sum, self.target)) for c in self.target.changes]
+                self._steps = [(c, _step(c, self.sum)) for c in self.target.changes]
             return self._steps
 
     def forget(self) -> None:
@@ -258,8 +258,11 @@ def in_range(target: Target, values: np.ndarray, base: Callable[[], np.ndarray],
     if -limit < values.min(initial=0) and values.max(initial=0) < limit:  # False for NaN as well
         return
     bad = np.isfinite(base()) & ~(np.abs(values) < limit)
-    if not bad.any() or allow:
+    if not bad.any():
         space.warnings[f"{quoted(target.name)}: the base holds NaN or infinite values; they stay"] = None
+        return
+    if allow:
+        space.warnings[f"{quoted(target.name)}: some merged values overflow {target.dtype}; kept as asked"] = None
         return
     finite = np.abs(values[bad & np.isfinite(values)])
     largest = f" (largest {finite.max():.2g})" if finite.size else ""
@@ -285,7 +288,7 @@ def _square(a: np.ndarray) -> float:
     return float(np.dot(flat, flat))
 
 
-def _step(change: Change, dtype: np.dtype, target: Target) -> Apply:
+def _step(change: Change, dtype: np.dtype) -> Apply:
     """The function that applies one change to rows of the sum, in place."""
     thin = change.thin(dtype)
     if thin is not None:
@@ -322,12 +325,6 @@ def whole(target: Target, device: Any = None) -> np.ndarray:
     for change in target.changes:
         start, stop = change.rows
         part = W[start:stop].reshape(change.shape)
-        if change.turned or change.order is not None or change.part is not None:
-            raise Mismatch(
-                f"{change.tuner.name} on a weight that the checkpoint stores in parts is not supported",
-                where=target.name,
-                hint="save the base with the names that the model uses",
-            )
         try:
             with registry.blamed("tuners", change.tuner.name):
                 changed = _by(change, device)(part.copy(), change.loaded(dtype))

@@ -76,7 +76,7 @@ def draft(
     files = layout.files(checkpoint, d.targets, max_shard_size)
     new_config = d.config if d.config != checkpoint.config else None
     extras = list(checkpoint.extras())
-    extras = ends.tokenizer(extras, d.targets, adapters)
+    extras = ends.tokenizer(extras)
     return Plan(checkpoint, files, new_config, extras, metadata=layout.metadata(checkpoint, files))
 
 
@@ -87,14 +87,14 @@ def _whole(d: _Draft, adapter: Adapter, weight: float) -> None:
     lost = [n for n in adapter.whole if n not in places and not (d.ends.head is None and d.ends.is_end(n))]
     if lost:
         places |= locate(d.config, d.shapes, lost, optional=lost)
-        _added(d, adapter, [n for n in lost if n not in places])
+        _added(adapter, [n for n in lost if n not in places])
     for name, value in adapter.whole.items():
         for edge in places.get(name) or [Edge(name, name)]:
             _replace(d, adapter, name, edge, value, weight)
     checks.saved_modules(adapter, list(d.targets))
 
 
-def _added(d: _Draft, adapter: Adapter, lost: list[str]) -> None:
+def _added(adapter: Adapter, lost: list[str]) -> None:
     """Raises Mismatch for a tensor that the base lacks, unless it belongs to a head that the settings name."""
     heads = [h for h in adapter.about.get("modules_to_save") or () if h]
     for name in lost:
@@ -114,6 +114,10 @@ def _replace(d: _Draft, adapter: Adapter, name: str, edge: Edge, value: Any, wei
     if edge.disk_rows or edge.disk_expert is not None:
         raise Mismatch(f"replaces {quoted(name)}, which the base stores as a part of {quoted(disk)}", hint=RESAVE)
     old = d.targets.get(disk)
+    if old is not None and old.changes:
+        raise Mismatch(
+            f"replaces {quoted(name)} after another adapter changed it", hint="give the adapter that replaces it first"
+        )
     _apart(d, disk, adapter)
     source = part_of(value, edge)
     if old is not None and isinstance(source, Entry) and source.dtype != old.dtype:
@@ -240,6 +244,7 @@ def _parameter_shape(edges: list[Edge], shapes: dict[str, tuple[int, ...]]) -> t
 def _add(d: _Draft, disk: str, change: Change) -> None:
     t = d.targets[disk]
     addable(t)
+    _in_one_piece(disk, change)
     in_stack = len(t.shape) == 3 and change.shape == t.shape[1:] or change.expert is not None and len(t.shape) == 3
     view = (t.shape[0] * t.shape[1], t.shape[2]) if in_stack else matrix(t.shape)
     if t.changes and t.view != view:
@@ -266,7 +271,17 @@ def _bias(d: _Draft, tuner, site: Site, edges: list[Edge], weight: float, index:
         rows = edge.disk_rows or (0, t.shape[0])
         more = {"part": edge.rows, "order": edge.permutation}
         change = Change(tuner, site.params, weight, index, rows, (rows[1] - rows[0],), what="bias", **more)
+        _in_one_piece(name, change)
         d.targets[name] = replace(t, changes=[*t.changes, change])
+
+
+def _in_one_piece(disk: str, change: Change) -> None:
+    """Raises Mismatch when only a part of what the tuner sees lies in a tensor, and its update is not a thin product."""
+    sliced = change.turned or change.order is not None or change.part is not None
+    if sliced and not (change.what == "weight" and change.is_thin):
+        raise Mismatch(
+            f"{change.tuner.name} on a weight that the checkpoint stores in parts ({quoted(disk)})", hint=RESAVE
+        )
 
 
 def _order(d: _Draft) -> None:

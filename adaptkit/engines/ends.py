@@ -42,7 +42,7 @@ class Ends:
         self.tied = self._is_tied()
         self._located: dict[str, bool] = {}
         self.same: set[int] = set()  # adapters that change both tied ends alike
-        self.resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.resized: dict[str, Adapter] = {}  # by the adapter that brought the new size
         self._share()
 
     def _share(self) -> None:
@@ -146,7 +146,7 @@ class Ends:
         path = disk.rpartition(".")[0]
         saved = adapter.about.get("modules_to_save") or ()
         if end or any(path == s or path.endswith(f".{s}") for s in saved if s in LABELS):
-            self.resized[disk] = (old, new)
+            self.resized[disk] = adapter
             return True
         return False
 
@@ -174,11 +174,12 @@ class Ends:
             return config
         return {**config, "tie_word_embeddings": False}
 
-    def tokenizer(self, extras: list[tuple[Path, str]], targets: dict[str, Target], adapters) -> list[tuple[Path, str]]:
+    def tokenizer(self, extras: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
         """The files beside the weights; the adapter's tokenizer when its vocabulary is the new one."""
-        if not self.resized.keys() & {self.embedding, self.head_name}:
+        grown = [self.resized[end] for end in (self.embedding, self.head_name) if end in self.resized]
+        if not grown:
             return extras
-        folder = Path(adapters[0].meta.get("path", "."))
+        folder = Path(grown[0].meta.get("path", "."))
         mine = {n: folder / n for n in TOKENIZER if (folder / n).is_file()}
         if not mine:
             warn(f"the vocabulary grew, but {folder.name} holds no tokenizer; the base's is kept")

@@ -22,7 +22,9 @@ def stem(checkpoint: Checkpoint) -> str:
 
 def files(checkpoint: Checkpoint, targets: dict[str, Target], limit: int | None) -> dict[str, list[Target]]:
     """Output file -> tensors. limit: the most bytes of one file, None to keep the base's layout."""
-    found = _filled(stem(checkpoint), list(targets.values()), limit) if limit else _kept(checkpoint, targets)
+    found = (
+        _filled(stem(checkpoint), list(targets.values()), limit) if limit is not None else _kept(checkpoint, targets)
+    )
     return found if len(found) > 1 else {stem(checkpoint) + ENDING: held for held in found.values()}
 
 

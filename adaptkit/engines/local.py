@@ -99,6 +99,7 @@ class Local:
                     ready = [spill.ready(t) for t in targets]
                     said = plan.metadata.get(name, {"format": "pt"})
                     self._file(shard(name, ready, said, self.device, allow_nonfinite=self.allow_nonfinite), out, pool)
+                    spill.rewind()
             finally:
                 spill.close()
                 pool.shutdown(cancel_futures=True)
@@ -206,6 +207,12 @@ class _Spill:
         write_all(self.fd, memoryview(raw), at)
         self.size += -(-raw.size // PAGE) * PAGE
         return Entry(target.name, target.dtype, target.shape, self.path, at, raw.size)
+
+    def rewind(self) -> None:
+        """Give the disk back: the file that these tensors were computed for is written."""
+        if self.fd is not None:
+            os.ftruncate(self.fd, 0)
+            self.size = 0
 
     def close(self) -> None:
         if self.fd is not None:

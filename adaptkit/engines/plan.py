@@ -7,6 +7,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,15 @@ class Plan:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.targets)
 
+    @property
+    def need(self) -> int:
+        """Bytes of disk while it is written: the output, and one file's tensors that are computed at once."""
+        scratch = (sum(t.nbytes for t in targets if t.whole) for targets in self.files.values())
+        return self.nbytes + max(scratch, default=0) + sum(f.stat().st_size for f, _ in self.extras)
+
     def fingerprint(self) -> str:
         """A hash of everything the output's bytes depend on: names and headers, sizes and times of inputs, options."""
-        h = hashlib.sha256()
+        h = hashlib.sha256(version("adaptkit").encode())
         for path in [*self.checkpoint.files, *(f for f, _ in self.extras), *self.adapter_files]:
             s = path.stat()
             h.update(os.fsencode(path.resolve()) + f"\0{s.st_size}\0{s.st_mtime_ns}\0".encode())
@@ -180,8 +187,15 @@ def _source(t: Target) -> str:
 
 
 def _summary(c: Change) -> tuple:
-    arrays = [hashlib.sha256(load(v).tobytes()).hexdigest() for v in c.params.values() if not isinstance(v, Entry)]
-    return repr(c.tuner), c.weight, c.rows, c.what, c.expert, c.part, c.turned, arrays
+    numbers = [(k, _from(v)) for k, v in c.params.items()]
+    where = c.rows, c.what, c.expert, c.experts, c.part, c.turned, c.order
+    return repr(c.tuner), c.weight, c.adapter, where, numbers
+
+
+def _from(value: Any) -> tuple:
+    if isinstance(value, Entry):
+        return value.file.name, value.dtype, value.offset, value.strides
+    return (hashlib.sha256(load(value).tobytes()).hexdigest(),)
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:

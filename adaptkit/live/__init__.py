@@ -1,6 +1,6 @@
 """Adapters on a live model: attach, run, train, switch, merge, detach. The algebra is the tuners' own."""
 
 from .attach import adapted_modules, attach, detach, disabled, set_active
-from .merge import merge, unmerge
+from .merge import absorb, merge, unmerge
 
-__all__ = ["adapted_modules", "attach", "detach", "disabled", "merge", "set_active", "unmerge"]
+__all__ = ["absorb", "adapted_modules", "attach", "detach", "disabled", "merge", "set_active", "unmerge"]

@@ -58,6 +58,20 @@ def unmerge(model: nn.Module) -> list[str]:
     return list(modules)
 
 
+def absorb(model: nn.Module, names: str | Collection[str] | None = None) -> list[str]:
+    """Merge for good: the updates of adapters go into the weights, and every adapter comes off.
+
+    names: which, in order; the active ones when left out.    Raises as merge does, before any weight has changed.
+    """
+    changed = merge(model, names, keep=False)
+    modules = adapted_modules(model).values()
+    for module in modules:
+        module.merged = []
+    for name in {n: None for m in modules for n in m.tuners}:
+        detach(model, name)
+    return changed
+
+
 def _parts(module: Adapted) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in module.base.named_parameters(recurse=False) if n in ("weight", "bias")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ LARGEST_EXTRA = 200_000_000
 # what lies beside the weights and belongs to the model; READMEs speak of another model and stay behind
 EXTRA = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe", ".py", ".yaml", ".yml"}
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 OTHER_ROUTES = {"onnx", "openvino", "original", "coreml", "gguf", "runs", "logs"}
 TRAINING = ("optimizer", "scheduler", "trainer_state", "training_args", "rng_state", "adapter_", "adaptkit.json")
 
@@ -66,17 +68,37 @@ class Checkpoint:
         return any(f.suffix != ".safetensors" for f in self.files)
 
     def extras(self) -> Iterator[tuple[Path, str]]:
-        """(file, name) of everything beside the weights that the model needs: tokenizer, templates, code as data."""
+        """(file, name) of everything beside the weights that the model needs: tokenizer, templates, code as data.
+
+        Of sentence-transformers models also the weights of the modules after the first, which modules.json names.
+        """
         if self.path.is_file():
+            if (self.root / "config.json").is_file():
+                yield self.root / "config.json", "config.json"
             return
+        parts, left = self._parts(), []
         for folder, folders, files in os.walk(self.root):
             relative = Path(folder).relative_to(self.root)
             folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in OTHER_ROUTES)
             if len(relative.parts) > 1:
                 folders.clear()
             for name in sorted(files):
-                if _belongs(name) and (Path(folder) / name).stat().st_size <= LARGEST_EXTRA:
-                    yield Path(folder) / name, str(relative / name)
+                file = Path(folder) / name
+                is_weights = relative.parts and file.suffix in WEIGHTS and not name.startswith(TRAINING)
+                if is_weights and str(relative) not in parts:
+                    left.append(str(relative / name))
+                elif is_weights or (_belongs(name) and file.stat().st_size <= LARGEST_EXTRA):
+                    yield file, str(relative / name)
+        if left:
+            warn(f"weights in folders inside the base are left behind: {some(left)}")
+
+    def _parts(self) -> set[str]:
+        """The folders of modules that sentence-transformers runs after the model."""
+        try:
+            found = json.loads((self.root / "modules.json").read_bytes())
+            return {str(part["path"]) for part in found if part.get("path")}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError, KeyError):
+            return set()  # another program's file of that name, or none; weights found there are warned of
 
 
 Stamps = dict[Path, tuple[int, int, int]]
@@ -191,7 +213,8 @@ def _single(path: Path) -> Path:
 
 def _index(path: Path) -> Path | None:
     found = [path / f"{name}.index.json" for name in SINGLE if (path / f"{name}.index.json").exists()]
-    found = found or sorted(path.glob("*.safetensors.index.json"))[:1]
+    if not found and not any((path / name).exists() for name in SINGLE):
+        found = sorted(path.glob("*.safetensors.index.json"))[:1]
     if not found:
         return None
     single = path / found[0].name.removesuffix(".index.json")
@@ -221,7 +244,7 @@ def _sharded(path: Path, index: Path) -> Checkpoint:
         for name in found.keys() & entries.keys():
             raise Corrupt(f"{quoted(name)!r} is also in {entries[name].file.name}", where=file.name)
         entries.update(found)
-    _keeps_promises(path, index, promised, entries)
+    _keeps_promises(index, promised, entries)
     _stale(path, files)
     return Checkpoint(path, path, entries, files, metadata, index.name)
 
@@ -239,7 +262,7 @@ def _shard(path: Path, index: Path, name: str, tensor: str) -> Path:
     return file
 
 
-def _keeps_promises(path: Path, index: Path, promised: dict[str, str], entries: dict[str, Entry]) -> None:
+def _keeps_promises(index: Path, promised: dict[str, str], entries: dict[str, Entry]) -> None:
     for name, shard in promised.items():
         if name not in entries or entries[name].file.name != Path(shard).name:
             raise Corrupt(f"promises {quoted(name)!r} in {quoted(shard)}, which lacks it", where=index.name)

@@ -53,9 +53,11 @@ def dtype_of(dtype: str | None) -> str | None:
 
 def size_of(text: str | int | None) -> int | None:
     """ "5GB" -> 5000000000."""
-    if text is None or isinstance(text, int):
-        return text
+    if text is None:
+        return None
+    if isinstance(text, int):
+        text = str(text)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not found or found[2].upper() not in UNITS or not float(found[1]):
+    if not found or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
         raise Usage(f"{quoted(text)!r} is not a size", where="--max-shard-size", hint="write it as 5GB")
     return int(float(found[1]) * UNITS[found[2].upper()])

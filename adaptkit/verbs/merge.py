@@ -72,7 +72,7 @@ def merge(
     """
     start = time.monotonic()
     plan = planned(base, adapters, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
-    plan.options |= {"allow_nonfinite": allow_nonfinite}
+    plan.options |= {"allow_nonfinite": allow_nonfinite, "device": "cpu" if device == "auto" else device}
     return execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
 
 
@@ -136,7 +136,9 @@ def execute(
     done = _Counter(total, progress)
     local = Local(workers, done, plan.options.get("allow_nonfinite", False), where)
     inputs = [checkpoint.path, *plan.adapters]
-    out = Output(output, plan=plan.fingerprint(), need=total, inputs=inputs, overwrite=overwrite, files=len(plan.files))
+    out = Output(
+        output, plan=plan.fingerprint(), need=plan.need, inputs=inputs, overwrite=overwrite, files=len(plan.files)
+    )
     check_pickles(checkpoint)
     with out:
         local.write(plan, out)

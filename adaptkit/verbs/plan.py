@@ -84,7 +84,7 @@ def forecast(found: Plan, output: Path, workers: int | None = None) -> Forecast:
         bytes=found.nbytes,
         memory=_memory(found, workers or default_workers()),
         free=int(free),
-        fits=found.nbytes * 1.02 <= free,
+        fits=found.need * 1.02 <= free,
         files=list(found.files),
     )
 

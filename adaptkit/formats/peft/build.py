@@ -171,7 +171,7 @@ def parameter(config: dict[str, Any], path: str, depth: int, depths: list[int]) 
     if len(leaves) < len(depths):
         raise Mismatch(f"{quoted(path)} has {len(depths)} sets of factors, target_parameters names {some(leaves)}")
     # fewer sets than names: a name that the model does not have; those that exist keep their order
-    return leaves[-1 - depth] if len(leaves) == len(depths) else _only(leaves, path, depth)
+    return leaves[-1 - depth] if len(leaves) == len(depths) else _only(leaves, path)
 
 
 def _leaves(config: dict[str, Any], path: str) -> set[str]:
@@ -181,7 +181,7 @@ def _leaves(config: dict[str, Any], path: str) -> set[str]:
     return mine or {leaf for parent, _, leaf in entries if not parent}
 
 
-def _only(leaves: list[str], path: str, depth: int) -> str:
+def _only(leaves: list[str], path: str) -> str:
     raise Mismatch(
         f"target_parameters names {some(leaves)}, and the file does not say which one the factors of {quoted(path)} are for"
     )

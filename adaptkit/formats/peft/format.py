@@ -81,7 +81,7 @@ def assemble(config: dict[str, Any], entries: dict[str, Entry]) -> Adapter:
     adapter.about = config = with_heads(config)
     if config["peft_type"] in build.VIRTUAL:
         adapter.sites[""] = build.virtual(config, modules.pop(("", 0), {}))
-        _nothing_left(config, modules, {})
+        _nothing_left(config, modules)
     for (path, depth), parts in modules.items():
         name, site = _site(config, path, depth, parts, modules)
         if name in adapter.sites:
@@ -141,7 +141,7 @@ def _site(
     return name, build.lora(config, name, parts, experts=bool(parameter), times=2.0 if twice else 1.0)
 
 
-def _nothing_left(config: dict[str, Any], modules: dict, whole: dict) -> None:
+def _nothing_left(config: dict[str, Any], modules: dict) -> None:
     if modules:
         path = next(iter(modules))[0]
         raise Mismatch(f"{quoted(path)} has tensors that no {config['peft_type']} adapter holds")
