@@ -11,6 +11,8 @@ from catalogue import CASES
 from catalogue.ask import Answer, ask, ask_alone, clear, faults
 from catalogue.case import ADAPTER_BIN
 
+pytestmark = pytest.mark.xdist_group("catalogue")  # all cases are asked in one process, once
+
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub"}
 ALONE = [
     "G00_sound_sharded", "A12_data_half/shard", "A40_fifo/single", "B05_dotdot", "C14_shadow_modules",
