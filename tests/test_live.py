@@ -246,3 +246,42 @@ def test_odd_names_of_modules_and_adapters_are_kept():
     for name in ("keys", "a.b"):
         assert list(detach(model, name).sites) == ["base_net.base"]
     assert isinstance(model["base_net"]["base"], nn.Linear)
+
+
+def test_scaled_embeddings_run_as_they_merge():
+    """Gemma 3 scales what it looks up; an update beside the weight is scaled with it."""
+
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    torch.manual_seed(0)
+    model, ids = One(Scaled(9, 4)), torch.randint(0, 9, (2, 3))
+    attach(model, LoRA(r=2), Select("layer"))
+    stir(model)
+    running = model(ids)
+    live.merge(model)
+
+    torch.testing.assert_close(model(ids), running)
+
+
+def test_dora_after_another_merge_is_refused():
+    """Its norm is that of the unchanged weight, whether the other went in by the same call or before."""
+    model, _ = built("linear")
+    attach(model, LoRA(r=2), Select("layer"), name="first")
+    attach(model, DoRA(r=2), Select("layer"), name="second")
+    live.merge(model, "first")
+
+    with pytest.raises(adaptkit.AdaptKitError, match="must be the first change"):
+        live.merge(model, "second")
+
+
+def test_ia3_on_a_convolution_is_written_as_peft_reads_it(tmp_path: Path):
+    """(1, channels, 1, 1), and it reads back."""
+    model, _ = built("conv2d")
+    attach(model, IA3(), Select("layer"))
+    adaptkit.write(detach(model), tmp_path / "adapter")
+
+    assert adaptkit.read(tmp_path / "adapter").sites["layer"].params["l"].shape == (1, 6, 1, 1)

@@ -128,6 +128,8 @@ def _fresh(model: nn.Module, tuner: Tuner, select: Select | None) -> dict[str, S
         if not adaptable(module):
             raise Mismatch(f"{quoted(path)} is a {type(module).__name__}, which {tuner.name} cannot stand on")
         _called(model, path)
+        if getattr(tuner, "dropout", 0) and tuner.name != "lora":
+            raise Mismatch(f"{tuner.name} has no dropout here: it changes the weight itself", hint="leave dropout at 0")
         fitted = suited(tuner, module)
         sites[path] = Site(fitted, dict(fitted.init(module)))
     return sites
@@ -148,6 +150,7 @@ def _given(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
             raise Mismatch(
                 f"{quoted(path)} is not a module of this model", hint="is it made for another one?"
             ) from None
+        _called(model, path)
         params = {k: torch.as_tensor(load(v, None if k == "index" else "f4")) for k, v in site.params.items()}
         tuner = site.tuner.fit(
             tuple(module.weight.shape), {k: tuple(v.shape) for k, v in params.items()}, turned(module)

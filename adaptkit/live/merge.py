@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import Corrupt, Mismatch, quoted, some
 from .adapted import Adapted
-from .attach import FLAG, adapted_modules
+from .attach import FLAG, adapted_modules, detach
 
 KEPT = "_adaptkit_before"
 
@@ -81,7 +81,7 @@ def _merged(path: str, module: Adapted, part: str, value: Tensor, names: list[st
     wide = value.to(torch.float32 if value.dtype.itemsize < 4 else torch.float64)
     for i, name in enumerate(names):
         tuner, p = module.tuners[name], module.of(name)
-        if i and not tuner.follows:
+        if (i or module.merged) and not tuner.follows:
             raise Mismatch(f"{tuner.name} must be the first change of {quoted(path)}", hint="merge it alone")
         wide = getattr(tuner, part)(wide, {k: _wide(v, wide) for k, v in p.items()})
     stored = wide.to(value.dtype)

@@ -134,7 +134,9 @@ class LoraConfig(_Targeted):
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = self.init_lora_weights.lower()
         if self.init_lora_weights not in PLAIN_STARTS:
-            raise Mismatch(f"init_lora_weights={self.init_lora_weights!r} is not there yet; True, False and 'gaussian' are")
+            raise Mismatch(
+                f"init_lora_weights={self.init_lora_weights!r} is not there yet; True, False and 'gaussian' are"
+            )
         self._numbers()
         self._layers()
 
@@ -163,9 +165,9 @@ class IA3Config(_Targeted):
         super().__post_init__()
         self.peft_type = PeftType.IA3
         self.feedforward_modules = _set(self.feedforward_modules)
-        if isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set):
-            if lost := sorted(self.feedforward_modules - self.target_modules):
-                raise Usage(f"feedforward_modules names {', '.join(lost)}, which target_modules does not")
+        both = isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set)
+        if lost := sorted(self.feedforward_modules - self.target_modules) if both else []:
+            raise Usage(f"feedforward_modules names {', '.join(lost)}, which target_modules does not")
 
 
 def _set(names: Any) -> Any:

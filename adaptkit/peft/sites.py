@@ -26,7 +26,8 @@ FORWARDS = {kind.forward for kind in PLAIN}
 
 def resolved(model: nn.Module, config: PeftConfig) -> list[str]:
     """The modules that the settings choose, in the model's order; fills in what the settings leave to the model."""
-    names = [p for p in _modules(model) if p]
+    modules = unwrapped(model)
+    names = [p for p in modules if p]
     given = config.target_modules
     if given is None:
         _by_default(model, config)
@@ -34,22 +35,22 @@ def resolved(model: nn.Module, config: PeftConfig) -> list[str]:
         config.target_modules = set(_all_linear(model))
     chosen = _selection(config)(names)
     _unused(given, config.exclude_modules, names)
-    config.fan_in_fan_out = any(type(_modules(model)[p]).__name__ == "Conv1D" for p in chosen)
+    config.fan_in_fan_out = any(type(modules[p]).__name__ == "Conv1D" for p in chosen)
     return chosen
 
 
 def fresh(model: nn.Module, config: PeftConfig, chosen: list[str]) -> Adapter:
     """Numbers to start from, for each module chosen."""
-    modules = _modules(model)
+    modules = unwrapped(model)
     started = _ia3 if isinstance(config, IA3Config) else _lora
     if isinstance(config, LoraConfig):
         if config.init_lora_weights not in STARTS:
             raise Mismatch(f"init_lora_weights={config.init_lora_weights!r} cannot be started from yet")
         unmatched(asdict(config), chosen)
-    return Adapter(sites={p: started(config, p, checked(p, modules[p])) for p in chosen})
+    return Adapter(sites={p: started(config, p, checked(p, modules)) for p in chosen})
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
+def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by path, as if none were wrapped."""
     found: dict[str, nn.Module] = {}
     inside: set[int] = set()
@@ -77,7 +78,7 @@ def _all_linear(model: nn.Module) -> list[str]:
     head = head.base if isinstance(head, Adapted) else head
     return [
         p
-        for p, m in _modules(model).items()
+        for p, m in unwrapped(model).items()
         if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m is not head
     ]
 
@@ -92,19 +93,18 @@ def _selection(config: PeftConfig) -> Select:
 
 
 def _unused(targets: Any, exclude: Any, names: list[str]) -> None:
-    for field, entries in (("target_modules", targets), ("exclude_modules", exclude)):
-        entries = entries if isinstance(entries, set) else [entries] if entries and field == "exclude_modules" else ()
-        if lost := [e for e in entries if not matching(e if isinstance(exclude, str) and e is exclude else [e], names)]:
-            warnings.warn(f"{field}: no module is called {some(sorted(lost))}", AdaptKitWarning, stacklevel=4)
+    for field, rule in (("target_modules", targets), ("exclude_modules", exclude)):
+        if lost := [e for e in sorted(rule if isinstance(rule, set) else ()) if not matching([e], names)]:
+            warnings.warn(f"{field}: no module is called {some(lost)}", AdaptKitWarning, stacklevel=4)
 
 
-def checked(path: str, module: nn.Module) -> nn.Module:
+def checked(path: str, modules: dict[str, nn.Module]) -> nn.Module:
     """The module, if an adapter beside it computes what one inside its weight would. Raises Mismatch with the reason."""
-    kind = type(module).__name__
+    module, kind = modules[path], type(modules[path]).__name__
+    if isinstance(modules.get(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        raise Mismatch(f"{quoted(path)} stands in nn.TransformerEncoderLayer, whose fast path goes around its layers")
     if not adaptable(module):
         raise Mismatch(f"{quoted(path)} is a {kind}, on which no adapter can stand")
-    if kind == "NonDynamicallyQuantizableLinear":
-        raise Mismatch(f"{quoted(path)} is never run: nn.MultiheadAttention uses its weight directly")
     if not module.weight.is_floating_point() or module.weight.dtype.itemsize < 2:
         raise Mismatch(f"{quoted(path)} is quantised, which is not there yet", hint="load the model unquantised")
     if type(module).forward not in FORWARDS and kind != "Conv1D":

@@ -77,9 +77,7 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for name, given in fitting.items():
             wanted[name].value.copy_(given.reshape(wanted[name].value.shape))
-    result = LoadResult(
-        [n for n in wanted if n not in fitting], [n for n in peft_model_state_dict if n not in wanted]
-    )
+    result = LoadResult([n for n in wanted if n not in fitting], [n for n in peft_model_state_dict if n not in wanted])
     for names, what in ((result.missing_keys, "not loaded"), (result.unexpected_keys, "not used")):
         if names:
             warnings.warn(f"{len(names)} tensors were {what}: {some(names)}", AdaptKitWarning, stacklevel=2)

@@ -30,7 +30,8 @@ class IA3(Tuner):
         W = base.weight.detach().float()
         if W.ndim > 2 and getattr(base, "groups", 1) != 1 and self.feedforward:
             raise Mismatch(f"IA3 on the input of a convolution with {base.groups} groups is not supported")
-        return {"l": W.new_ones(W.shape[self._axis])}
+        n = W.shape[self._axis]
+        return {"l": W.new_ones(1, n, *[1] * (W.ndim - 2)) if W.ndim > 2 else W.new_ones(n)}
 
     @property
     def _axis(self) -> int:

@@ -20,7 +20,8 @@ def thin(tuner: LoRA, base: Any, p: Any, x: Any, *args: Any, **kwargs: Any) -> A
     A, B = p["A"], p["B"]
     if tuner.embedding:
         h = F.embedding(x, A.T, module.padding_idx) @ B.T
-        return y + (tuner.scale * h).to(y.dtype)
+        # some families (Gemma 3) scale what they look up, the update with it
+        return y + (tuner.scale * h * getattr(module, "embed_scale", 1.0)).to(y.dtype)
     if tuner.dropout:
         x = F.dropout(x, tuner.dropout, module.training)
     h = _convolved(module, x, A, B) if A.ndim > 2 else F.linear(F.linear(x.to(A.dtype), A), B)

@@ -1,0 +1,342 @@
+"""PeftModel: a model with adapters, as scripts written for PEFT know it. And get_peft_model, which makes one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
+from .config import PeftConfig
+from .files import WEIGHTS, folder_of, placed, same_vocabulary
+from .kinds import PeftType, TaskType
+from .saved import missing, trained
+from .state import LoadResult, get_peft_model_state_dict
+from .tuner import MODELS, TunerModel
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. What is not here is the model's own.
+
+    model: changed in place.    adapter: numbers that were trained before; fresh ones when left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        adapter: Adapter | None = None,
+    ):
+        super().__init__()
+        if isinstance(model, (PeftModel, TunerModel)):
+            raise Mismatch("this model carries adapters already", hint="add_adapter and load_adapter put on more")
+        _float32(model, autocast_adapter_dtype)
+        kind = MODELS[PeftType(peft_config.peft_type)]
+        self.base_model = kind(model, peft_config, adapter_name, adapter=adapter)
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient gives its adapters none
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_base_model()(*args, **_plain(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate, with the adapters acting."""
+        return self.get_base_model().generate(*args, **_plain(kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        torch_device: str | None = None,
+        **hub: Any,
+    ) -> PeftModel:
+        """A model with an adapter from a folder, for inference unless is_trainable."""
+        _nothing(ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping)
+        folder = folder_of(model_id, subfolder, hub)
+        settings = _settings(folder, is_trainable, config)
+        kind = CLASSES.get(settings.task_type, PeftModel) if cls is PeftModel else cls
+        adapter = trained(model, folder)
+        made = kind(model, settings, adapter_name, autocast_adapter_dtype, adapter=adapter)
+        missing(model, settings, adapter)
+        return made if is_trainable else made.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> LoadResult:
+        """One more adapter from a folder; set_adapter makes it act."""
+        _nothing(ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping)
+        _float32(self.get_base_model(), autocast_adapter_dtype)
+        folder = folder_of(model_id, subfolder, hub)
+        settings = _settings(folder, is_trainable, None)
+        adapter = trained(self.get_base_model(), folder)
+        self.base_model.inject(adapter_name, settings, adapter)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        else:
+            self.eval()
+        return LoadResult(missing(self.get_base_model(), settings, adapter), [])
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write adapters as PEFT does: default into the folder itself, any other into a folder of its name."""
+        if not safe_serialization:
+            raise Mismatch("adapters are written as safetensors only", hint="leave safe_serialization=True")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        self.known(names)
+        for name in names:
+            config = self.peft_config[name]
+            base = config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
+            same_vocabulary(self.get_base_model(), base)
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            if is_main_process:
+                folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+                _write(folder, tensors)
+                _for_file(config, self.get_base_model(), base).save_pretrained(folder)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Not there yet; the model's own would send the whole model."""
+        raise Mismatch("push_to_hub is not there yet", hint="save_pretrained, then send the folder")
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """One more adapter, fresh; set_adapter makes it act and train."""
+        _float32(self.get_base_model(), autocast_adapter_dtype)
+        _told(self.get_base_model(), peft_config)
+        self.base_model.inject(adapter_name, peft_config)
+
+    def set_adapter(self, adapter_name: str | Collection[str], inference_mode: bool = False) -> None:
+        """Choose the adapter that acts and trains, or several."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off for good."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The model as it is without adapters."""
+        with self.base_model.disabled():
+            yield
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Settings by adapter name."""
+        return self.base_model.peft_config
+
+    @property
+    def peft_type(self) -> PeftType:
+        """The kind of the adapters."""
+        return self.base_model.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act, in order."""
+        return list(self.base_model.active_adapters)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter that acts; a list when several do."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The settings of the first adapter that acts."""
+        if not self.active_adapters:
+            raise Mismatch("no adapter is active")
+        return self.peft_config[self.active_adapters[0]]
+
+    def get_base_model(self) -> nn.Module:
+        """The model that carries the adapters."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers train, of how many."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print get_nb_trainable_parameters, as PEFT does."""
+        trains, of = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trains:,d} || all params: {of:,d} || trainable%: {100 * trains / of:.4f}")
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A language model with adapters. Trainers read the names of a batch's columns from the signature of forward."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        return super().forward(**{k: v for k, v in named.items() if v is not None}, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder and decoder with adapters."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        decoder_input_ids: Any = None,
+        decoder_attention_mask: Any = None,
+        decoder_inputs_embeds: Any = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        named |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
+        named |= {"decoder_inputs_embeds": decoder_inputs_embeds}
+        return super().forward(**{k: v for k, v in named.items() if v is not None}, **kwargs)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """An encoder with adapters."""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return super().forward(**{k: v for k, v in named.items() if v is not None}, **kwargs)
+
+
+CLASSES: dict[TaskType | None, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """A model with a fresh adapter, which trains. The settings learn which model it is."""
+    _nothing(mixed=mixed)
+    if getattr(peft_config, "use_dora", False) and peft_config.lora_dropout and not peft_config.inference_mode:
+        raise Mismatch("use_dora with lora_dropout is not there yet", hint="leave lora_dropout=0")
+    _told(model, peft_config)
+    peft_config.revision = revision or peft_config.revision
+    kind = CLASSES.get(peft_config.task_type, PeftModel)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+def _told(model: nn.Module, config: PeftConfig) -> None:
+    """Write into the settings which model they are for."""
+    name = model.__dict__.get("name_or_path") or None
+    if config.base_model_name_or_path not in (None, name):
+        was = quoted(config.base_model_name_or_path)
+        warnings.warn(f"the settings were for {was}, now they are for {quoted(name)}", AdaptKitWarning)
+    config.base_model_name_or_path = name
+
+
+def _for_file(config: PeftConfig, model: nn.Module, base: str | None) -> PeftConfig:
+    """The settings as they are saved: for inference, and naming the model's class where no task does."""
+    kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    mapping = kind if config.task_type is None else config.auto_mapping
+    return replace(config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping)
+
+
+def _settings(folder: Path, is_trainable: bool, given: PeftConfig | None) -> PeftConfig:
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = not is_trainable
+    if given is not None and replace(given, inference_mode=config.inference_mode) != config:
+        raise Mismatch("config differs from the one in the folder", where=folder, hint="leave it out")
+    return config
+
+
+def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.pop("adapter_names", None) is not None:
+        raise Mismatch(
+            "adapter_names, one adapter for each sample of a batch, is not there yet", hint="use set_adapter"
+        )
+    return kwargs
+
+
+def _nothing(**options: Any) -> None:
+    if on := [k for k, v in options.items() if v]:
+        raise Mismatch(f"{some(on)} is not there yet")
+
+
+def _float32(model: nn.Module, autocast: bool) -> None:
+    """Adapters are float32 always, which is what autocast_adapter_dtype asks for."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not autocast and dtypes - {torch.float32}:
+        raise Usage("autocast_adapter_dtype=False is not there yet: adapters are float32")
+
+
+def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    whole = {n: t.cpu().contiguous() for n, t in tensors.items()}
+    placed(folder / WEIGHTS, lambda p: save_file(whole, p, metadata={"format": "pt"}))
