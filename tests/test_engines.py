@@ -285,3 +285,16 @@ def test_a_shard_size_that_is_none_is_a_usage_error(size, tmp_path: Path):
         adaptkit.merge(LLAMA, LORA, tmp_path / "out", max_shard_size=size)
 
     assert caught.value.code == 2
+
+
+def test_nan_in_an_adapter_is_refused_when_it_is_taken_out_too(tmp_path: Path):
+    """unmerge looks at the numbers as merge does."""
+    factors = lora("m.q_proj", 8, 8, 1.0)
+    factors["m.q_proj.lora_B.weight"][0, 0] = float("nan")
+    base = base_with(tmp_path / "base", {"model.safetensors": {"m.q_proj.weight": torch.ones(8, 8)}})
+    adapter = adapter_with(tmp_path / "adapter", factors, target_modules=["q_proj"])
+
+    with pytest.raises(adaptkit.AdaptKitError, match="NaN or infinite") as caught:
+        adaptkit.unmerge(base, adapter, tmp_path / "out")
+
+    assert caught.value.code == 3

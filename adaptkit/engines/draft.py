@@ -185,7 +185,7 @@ def _sites(d: _Draft, adapter: Adapter, weight: float, index: int) -> None:
 
 
 def _site(d: _Draft, adapter: Adapter, site: Site, edges: list[Edge], weight: float, index: int) -> None:
-    shape = _parameter_shape(edges, d.shapes)
+    shape = _parameter_shape(edges, {e.disk: d.targets[e.disk].shape for e in edges})
     shapes = {k: shape_of(v) for k, v in site.params.items()}
     tuner = site.tuner.fit(shape, shapes, square(site.tuner, edges[0].parameter, d.config, adapter))
     for edge in edges:

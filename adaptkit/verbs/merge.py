@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
+from ..adapter import Adapter
 from ..engines import checks, layout
 from ..engines.blocks import Survival, share
 from ..engines.device import checked
@@ -76,21 +77,37 @@ def merge(
     return execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
 
 
+Turn = Callable[[list[Adapter], list[float]], tuple[list[Adapter], list[float]]]
+
+
 def planned(
-    base: str | Path,
+    base: str | Path | Checkpoint,
     adapters: Source | Sequence[Source],
     *,
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    verb: str = "merge",
+    turn: Turn | None = None,
 ) -> Plan:
-    """The plan of a merge, with everything checked that can be known without writing."""
+    """The plan of a merge, with everything checked that can be known without writing.
+
+    turn: makes of the adapters and weights those that are really applied; unmerge gives their inverses, last one first.
+    """
     with unhurried():
-        return _planned(Path(base), adapters, weights, dtype_of(dtype), size_of(max_shard_size))
+        checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(Path(base))
+        return _planned(checkpoint, adapters, weights, dtype_of(dtype), size_of(max_shard_size), verb, turn)
 
 
-def _planned(base: Path, adapters: Any, weights: Sequence[float] | None, wanted: str | None, limit: int | None) -> Plan:
-    checkpoint = open_checkpoint(base)
+def _planned(
+    checkpoint: Checkpoint,
+    adapters: Source | Sequence[Source],
+    weights: Sequence[float] | None,
+    wanted: str | None,
+    limit: int | None,
+    verb: str,
+    turn: Turn | None,
+) -> Plan:
     taken = stamps(checkpoint.files)
     read = adapters_of(adapters)
     taken |= stamps(file for a in read for file in files_of(a))
@@ -100,10 +117,11 @@ def _planned(base: Path, adapters: Any, weights: Sequence[float] | None, wanted:
             checks.numbers(adapter)
         except AdaptKitError as e:
             raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
-    plan = draft(checkpoint, read, factors, dtype=wanted, max_shard_size=limit)
+    applied = turn(read, factors) if turn else (read, factors)
+    plan = draft(checkpoint, *applied, dtype=wanted, max_shard_size=limit)
     plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
     plan.stamps = taken | stamps(file for file, _ in plan.extras)
-    plan.options = {"verb": "merge", "weights": factors, "dtype": wanted, "max_shard_size": limit}
+    plan.options = {"verb": verb, "weights": factors, "dtype": wanted, "max_shard_size": limit}
     return plan
 
 

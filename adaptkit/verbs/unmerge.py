@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..adapter import Adapter, Site
-from ..engines.draft import draft
 from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, some
 from ..store.arrays import load
-from ..store.checkpoint import open_checkpoint, stamps
-from .inputs import Source, adapters_of, dtype_of, files_of, size_of, weights_of
-from .merge import Merged, execute
+from .inputs import Source
+from .merge import Merged, execute, planned
 
 
 def unmerge(
@@ -38,22 +36,18 @@ def unmerge(
     replaced, DoRA, token rows.
     """
     start = time.monotonic()
-    checkpoint = open_checkpoint(Path(merged))
-    taken = stamps(checkpoint.files)
-    read = adapters_of(adapters)
-    taken |= stamps(file for a in read for file in files_of(a))
-    factors = weights_of(weights, len(read))
-    backwards = [_inverse(a, w) for a, w in zip(reversed(read), reversed(factors), strict=True)]
-    plan = draft(
-        checkpoint, backwards, list(reversed(factors)), dtype=dtype_of(dtype), max_shard_size=size_of(max_shard_size)
-    )
-    plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
-    plan.stamps = taken | stamps(file for file, _ in plan.extras)
-    plan.options = {"verb": "unmerge", "weights": factors, "dtype": dtype_of(dtype)}
+    how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
+    plan = planned(merged, adapters, **how, verb="unmerge", turn=_backwards)
     if any(t.dtype in ("BF16", "F16") for t in plan.changed):
         text = "what merging rounded stays rounded: the result is within about a rounding of the base, not equal to it"
         warnings.warn(text, AdaptKitWarning, stacklevel=2)
     return execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
+
+
+def _backwards(adapters: list[Adapter], weights: list[float]) -> tuple[list[Adapter], list[float]]:
+    """The adapters that undo others, the last one first."""
+    pairs = list(zip(reversed(adapters), reversed(weights), strict=True))
+    return [_inverse(a, w) for a, w in pairs], [w for _, w in pairs]
 
 
 def _inverse(adapter: Adapter, weight: float) -> Adapter:

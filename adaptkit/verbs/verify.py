@@ -60,7 +60,8 @@ def verify(
     found = open_checkpoint(Path(merged))
     check_pickles(found)
     weights = weights or _said(found).get("weights")
-    plan = planned(base, adapters, weights=weights, dtype=_dtype(found, Path(base)))
+    original = open_checkpoint(Path(base))
+    plan = planned(original, adapters, weights=weights, dtype=_dtype(found, original))
     result = Verified(True, len(plan.targets), 0, 0, 0)
     for name in plan_difference(plan.targets, found):
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"
@@ -97,10 +98,10 @@ def _said(found: Checkpoint) -> dict:
     return made
 
 
-def _dtype(found: Checkpoint, base: Path) -> str | None:
+def _dtype(found: Checkpoint, base: Checkpoint) -> str | None:
     """The dtype that the merge was written in, when all of its floats have one and the base's have not."""
     kinds = {e.dtype for e in found.entries.values() if e.dtype in FLOATS}
-    before = {e.dtype for e in open_checkpoint(base).entries.values() if e.dtype in FLOATS}
+    before = {e.dtype for e in base.entries.values() if e.dtype in FLOATS}
     words = {v: k for k, v in WORDS.items()}
     return words[kinds.pop()] if len(kinds) == 1 and kinds != before and "F64" not in kinds else None
 

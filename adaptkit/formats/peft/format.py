@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,11 @@ def assemble(config: dict[str, Any], entries: dict[str, Entry]) -> Adapter:
     if config["peft_type"] in build.VIRTUAL:
         adapter.sites[""] = build.virtual(config, modules.pop(("", 0), {}))
         _nothing_left(config, modules)
+    depths: dict[str, list[int]] = defaultdict(list)
+    for path, depth in sorted(modules):
+        depths[path].append(depth)
     for (path, depth), parts in modules.items():
-        name, site = _site(config, path, depth, parts, modules)
+        name, site = _site(config, path, depth, parts, depths[path])
         if name in adapter.sites:
             raise Corrupt(f"two sets of factors for {quoted(name)}")
         adapter.sites[name] = site
@@ -127,14 +129,12 @@ def _same(a: Entry, b: Entry) -> None:
         raise Corrupt(f"{quoted(a.name)} and {quoted(b.name)} are two spellings of one tensor, with other values")
 
 
-def _site(
-    config: dict[str, Any], path: str, depth: int, parts: Parts, modules: Iterable[tuple[str, int]]
-) -> tuple[str, Site]:
+def _site(config: dict[str, Any], path: str, depth: int, parts: Parts, depths: list[int]) -> tuple[str, Site]:
+    """A module's site. depths: all depths at which the module is wrapped."""
     if "rows" in parts:
         return path, build.tokens(config, path, parts)
     if config["peft_type"] == "IA3":
         return path, build.ia3(config, path, parts)
-    depths = sorted(d for p, d in modules if p == path)
     parameter = build.parameter(config, path, depth, depths)
     name = f"{path}.{parameter}" if parameter else path
     twice = any(is_attention_output(e.name) for e in parts.values())
