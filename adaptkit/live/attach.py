@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 
+import torch
 from torch import nn
 
 from ..adapter import Adapter, Site
@@ -13,9 +14,15 @@ from ..errors import Mismatch, quoted, some
 from ..select import Select
 from ..store.arrays import load
 from ..tuners.base import Tuner
-from .adapted import Adapted
+from . import loose
+from .adapted import Adapted, Read
+from .replaced import Replaced
+from .tied import Tied, other_end
+from .wrapper import Wrapper
 
 PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+INTEGERS = {"index"}  # params that are no floats
+Wrap = Callable[[nn.Module, str, Site], Adapted]
 
 
 def attach(
@@ -25,25 +32,31 @@ def attach(
     *,
     name: str = "default",
     freeze: bool = True,
+    wrap: Wrap | None = None,
 ) -> list[str]:
     """Put an adapter on a model: a fresh one from a tuner and a selection, or one that was trained before.
 
     model: changed in place; the chosen modules are wrapped.    select: which, needed with a tuner.
     name: what to call it.    freeze: let only adapters train; detach gives each parameter its old flag back.
+    wrap: makes a wrapper, of a module, the name of its adapted parameter and the site.
 
     Returns the module names. Raises Mismatch when nothing is chosen, a module cannot be adapted, or the name is taken.
     """
-    if name in {n for m in adapted_modules(model).values() for n in m.tuners}:
+    if name in attached(model):
         raise Mismatch(
             f"an adapter named {quoted(name)!r} is attached already", hint="detach it, or choose another name"
         )
-    sites = _given(model, tuner) if isinstance(tuner, Adapter) else _fresh(model, tuner, select)
+    adapter = tuner if isinstance(tuner, Adapter) else Adapter(_fresh(model, tuner, select))
+    sites = _given(model, adapter) if adapter is tuner else adapter.sites
     if freeze:
         _freeze(model)
-    for path, site in sites.items():
-        module = wrapped(model, path)
-        module.add(name, site)
+    for path, module in around(model, sites, wrap).items():
+        module.add(name, sites[path])
         module.active.append(name)
+        if sites[path].tuner.of_rows:
+            _tie(model, module)
+    if adapter.whole:
+        loose.replace(model, name, {p: torch.as_tensor(load(v)) for p, v in adapter.whole.items()})
     return list(sites)
 
 
@@ -52,124 +65,241 @@ def detach(model: nn.Module, name: str = "default") -> Adapter:
 
     Raises Mismatch when no adapter has that name, or its update is merged into the weights at the moment.
     """
-    modules = {path: m for path, m in adapted_modules(model).items() if name in m.tuners}
-    if not modules:
-        there = {n for m in adapted_modules(model).values() for n in m.tuners}
-        raise Mismatch(f"no adapter named {quoted(name)!r} is attached; there are: {some(sorted(there)) or 'none'}")
-    if inside := [p for p, m in modules.items() if name in m.merged]:
+    if name not in attached(model):
+        there = some(sorted(attached(model))) or "none"
+        raise Mismatch(f"no adapter named {quoted(name)!r} is attached; there are: {there}")
+    stands = adapted_modules(model)
+    modules = {path: m for path, m in stands.items() if name in m.tuners and not isinstance(m, Tied)}
+    if inside := [p for p, m in modules.items() if name in m.merged_adapters]:
         raise Mismatch(f"{quoted(name)!r} is merged into {some(inside)}", hint="unmerge it first")
-    adapter = Adapter(sites={path: m.remove(name) for path, m in modules.items()})
-    for path, module in modules.items():
-        if not module.tuners:
-            _put(model, path, module.base)
-    if not adapted_modules(model):
+    adapter = Adapter(sites={path: m.remove(name) for path, m in modules.items()}, whole=dict(loose.take(model, name)))
+    for module in stands.values():
+        module.active = [n for n in module.active if n in module.tuners]
+    _drop(model, [m for m in stands.values() if not m.tuners])
+    if not attached(model):
         _thaw(model)
     return adapter
+
+
+def _tie(model: nn.Module, module: Adapted) -> None:
+    """Let the other end of a tied matrix see the rows that are trained."""
+    head = other_end(model, module.bare())
+    ends = [w for w in wrappers(model) if isinstance(w, Tied) and w.other is module]
+    if head is not None and not ends:
+        ends = [Tied(head, module)]
+        Homes(model).put(head, ends[0])
+    for end in ends:
+        end.active = list(module.active)
+
+
+def _drop(model: nn.Module, empty: Collection[Adapted]) -> None:
+    """Take wrappers off again."""
+    homes = Homes(model) if empty else None
+    for module in empty:
+        homes.put(module, module.base_layer)
+
+
+def attached(model: nn.Module) -> set[str]:
+    """The names of the adapters on a model."""
+    return {n for m in wrappers(model) for n in m.names()} | set(loose.of(model))
 
 
 def set_active(model: nn.Module, names: str | Collection[str]) -> None:
     """Choose which attached adapters act, in order. Raises Mismatch for a name that is not attached."""
     names = [names] if isinstance(names, str) else list(names)
-    modules = adapted_modules(model).values()
-    there = {n for m in modules for n in m.tuners}
+    there = attached(model)
     if lost := [n for n in names if n not in there]:
         raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
-    for module in modules:
-        module.active = [n for n in names if n in module.tuners]
+    for module in wrappers(model):
+        module.active = [n for n in names if n in module.names()]
+    loose.act(model, names)
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it runs without its adapters. What is merged stays merged."""
-    modules = list(adapted_modules(model).values())
-    before = [m.enabled for m in modules]
-    for module in modules:
-        module.enabled = False
+    modules = wrappers(model)
+    before, acted = [m.enabled for m in modules], loose.acting(model)
+    enable(model, False)
     try:
         yield model
     finally:
         for module, enabled in zip(modules, before, strict=True):
             module.enabled = enabled
+        loose.act(model, acted)
+
+
+def enable(model: nn.Module, enabled: bool, active: Collection[str] = ()) -> None:
+    """Let the active adapters act, or none.    active: names whose outright replacements act."""
+    for module in wrappers(model):
+        module.enabled = enabled
+    loose.act(model, active if enabled else ())
+
+
+@contextlib.contextmanager
+def by_rows(
+    model: nn.Module, names: Collection[str], *, repeated: bool = False, base: str = "__base__"
+) -> Iterator[nn.Module]:
+    """Inside, each sample of a batch runs with its own adapter.
+
+    names: one for each sample; `base` means none.    repeated: a batch may hold each sample several times, as beams do.
+    Raises Mismatch for a name that is not attached, and where an adapter is merged or replaces tensors.
+    """
+    there = attached(model)
+    if lost := sorted({n for n in names if n != base} - there):
+        raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
+    if len(set(names)) > 1 and (whole := sorted(set(loose.of(model)) & {*names, *loose.acting(model)})):
+        raise Mismatch(f"{some(whole)} replaces tensors of the model, which cannot differ in a batch")
+    modules = wrappers(model)
+    if merged := sorted({n for m in modules for n in m.merged_adapters}):
+        raise Mismatch(f"{some(merged)} is merged into the weights", hint="unmerge it first")
+    for module in modules:
+        module.rows, module.repeated = list(names), repeated
+    try:
+        yield model
+    finally:
+        for module in modules:
+            module.rows = None
+
+
+def tree(model: nn.Module) -> Iterator[tuple[str, list[Wrapper], nn.Module]]:
+    """Every module once, as if none were wrapped: its path, the wrappers around it from outside in, and itself."""
+    seen: set[int] = set()
+    open_: list[tuple[str, nn.Module]] = [("", model)]
+    while open_:
+        path, module = open_.pop()
+        around = []
+        while isinstance(module, Wrapper):
+            around.append(module)
+            module = module.base_layer if isinstance(module, Adapted) else module.bare()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, around, module
+        inner = [(f"{path}.{leaf}" if path else leaf, m) for leaf, m in module._modules.items() if m is not None]
+        open_ += reversed(inner)
+
+
+def wrappers(model: nn.Module) -> list[Wrapper]:
+    """The wrappers of a model."""
+    return [wrapper for _, around, _ in tree(model) for wrapper in around]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """The wrapped modules of a model, by the path they had before they were wrapped."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, Adapted)}
+    """The adapted modules of a model, by the path they had before they were wrapped; of a bare parameter, its path."""
+    return {_site(path, w): w for path, around, _ in tree(model) for w in around if isinstance(w, Adapted)}
 
 
-def wrapped(model: nn.Module, path: str) -> Adapted:
-    """The wrapper at a path, made if it is not there."""
-    module = model.get_submodule(path)
-    if isinstance(module, Adapted):
-        return module
-    made = Adapted(module)
-    _put(model, path, made)
-    return made
+def _site(path: str, module: Adapted) -> str:
+    return path if module.parameter in ("weight", "in_proj_weight") else f"{path}.{module.parameter}"
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by path, as if none were wrapped."""
+    return {path: module for path, _, module in tree(model)}
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module without the adapters around it."""
+    return module.bare() if isinstance(module, Wrapper) else module
+
+
+def place(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str]:
+    """The module and the parameter that a site's path means. Raises Mismatch when the model has neither."""
+    if path in modules:
+        return path, "in_proj_weight" if isinstance(modules[path], nn.MultiheadAttention) else "weight"
     parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    if parent in modules and isinstance(modules[parent]._parameters.get(leaf), nn.Parameter):
+        return parent, leaf
+    raise Mismatch(f"{quoted(path)} is not a module of this model", hint="is it made for another one?")
 
 
-def _base(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, Adapted) else module
+class Homes:
+    """Where modules stand: a module that stands in several places is replaced in all of them."""
+
+    def __init__(self, model: nn.Module):
+        self.of: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for leaf, child in parent._modules.items():
+                self.of.setdefault(id(child), []).append((parent, leaf))
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put a module in the place of another one. Raises Mismatch for the model itself."""
+        places = [home for home in self.of.get(id(old), ()) if home[0] is not new]
+        if not places:
+            raise Mismatch("the model itself cannot be wrapped", hint="choose modules inside it")
+        for parent, leaf in places:
+            parent._modules[leaf] = new
+        self.of[id(new)] = places
+        self.of[id(old)] = [(parent, leaf) for parent, leaf in self.of[id(old)] if parent is new]
+
+
+def around(model: nn.Module, sites: Mapping[str, Site], wrap: Wrap | None = None) -> dict[str, Adapted]:
+    """The wrapper at each site's path, made where there is none."""
+    modules, homes, there = unwrapped(model), Homes(model), adapted_modules(model)
+    outer: dict[int, nn.Module] = {id(module): ws[0] for _, ws, module in tree(model) if ws}
+    found = {}
+    for path, site in sites.items():
+        if path not in there:
+            at, parameter = place(modules, path)
+            module = outer.get(id(modules[at]), modules[at])
+            if isinstance(module, Replaced):
+                raise Mismatch(f"{quoted(path)} is trained as a whole already", hint="do one or the other")
+            made = outer[id(modules[at])] = there[path] = (wrap or _wrap)(module, parameter, site)
+            homes.put(module, made)
+        found[path] = there[path]
+    return found
+
+
+def _wrap(module: nn.Module, parameter: str, site: Site) -> Adapted:
+    return (Read if is_read(module) else Adapted)(module, parameter)
 
 
 def _fresh(model: nn.Module, tuner: Tuner, select: Select | None) -> dict[str, Site]:
     if select is None:
         raise Mismatch("a selection says which modules a fresh adapter stands on", hint='such as Select(r".*q_proj")')
-    inner = {p for p, m in model.named_modules() if isinstance(m, Adapted)}
-    names = [p for p, _ in model.named_modules() if p and not any(p.startswith(f"{i}.") for i in inner)]
-    chosen = select(names)
+    modules = unwrapped(model)
     sites = {}
-    for path in chosen:
-        module = _base(model.get_submodule(path))
+    for path in select([p for p in modules if p]):
+        module = modules[path]
         if not adaptable(module):
             raise Mismatch(f"{quoted(path)} is a {type(module).__name__}, which {tuner.name} cannot stand on")
-        _called(model, path)
-        if getattr(tuner, "dropout", 0) and tuner.name != "lora":
-            raise Mismatch(f"{tuner.name} has no dropout here: it changes the weight itself", hint="leave dropout at 0")
+        _called(path, modules)
         fitted = suited(tuner, module)
         sites[path] = Site(fitted, dict(fitted.init(module)))
     return sites
 
 
 def _given(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
-    import torch
-
-    if adapter.whole or "" in adapter.sites:
-        raise Mismatch(
-            "replaces tensors or acts on the whole model, which attach does not do", hint="merge it on files"
-        )
+    if "" in adapter.sites:
+        raise Mismatch("acts on the whole model, which attach does not do")
+    modules = unwrapped(model)
     sites = {}
     for path, site in adapter.sites.items():
-        try:
-            module = _base(model.get_submodule(path))
-        except AttributeError:
-            raise Mismatch(
-                f"{quoted(path)} is not a module of this model", hint="is it made for another one?"
-            ) from None
-        _called(model, path)
-        params = {k: torch.as_tensor(load(v, None if k == "index" else "f4")) for k, v in site.params.items()}
-        tuner = site.tuner.fit(
-            tuple(module.weight.shape), {k: tuple(v.shape) for k, v in params.items()}, turned(module)
-        )
-        sites[path] = Site(tuner, params)
+        at, parameter = place(modules, path)
+        _called(at, modules)
+        module = modules[at]
+        params = {k: torch.as_tensor(load(v, None if k in INTEGERS else "f4")) for k, v in site.params.items()}
+        shape = tuple(getattr(module, parameter).shape)
+        tuner = site.tuner.fit(shape, {k: tuple(v.shape) for k, v in params.items()}, turned(module))
+        sites[path] = Site(tuner, {**tuner.start(module), **params})
     return sites
 
 
 def adaptable(module: nn.Module) -> bool:
-    """Whether a tuner can stand on a module: one weight matrix or kernel, used in the ordinary way."""
+    """Whether a fresh adapter can stand on a module: one weight matrix or kernel, used in the ordinary way."""
     kind = type(module).__name__
-    # nn.MultiheadAttention reads this one's weight without ever calling it
-    return (isinstance(module, PLAIN) and kind != "NonDynamicallyQuantizableLinear") or kind == "Conv1D"
+    return (isinstance(module, PLAIN) and not is_read(module)) or kind == "Conv1D"
 
 
-def _called(model: nn.Module, path: str) -> None:
+def is_read(module: nn.Module) -> bool:
+    """Whether a module's weight is read without the module being called, as in nn.MultiheadAttention."""
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
+
+
+def _called(path: str, modules: dict[str, nn.Module]) -> None:
     """Raises Mismatch for a layer whose parent, while not training, reads its weight instead of calling it."""
-    parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
+    if isinstance(modules.get(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
         raise Mismatch(
             f"{quoted(path)} stands in nn.TransformerEncoderLayer, whose fast path goes around its layers",
             hint="build the encoder of layers that are called",
@@ -193,11 +323,17 @@ FLAG = "_adaptkit_trained"
 
 def _freeze(model: nn.Module) -> None:
     """Note each parameter's flag and clear it; parameters of adapters that stand already keep theirs."""
-    ours = {id(p) for m in model.modules() if isinstance(m, Adapted) for p in m.params.parameters()}
+    ours = {id(p) for p in _of_adapters(model)}
     for p in model.parameters():
         if id(p) not in ours and not hasattr(p, FLAG):
             setattr(p, FLAG, p.requires_grad)
             p.requires_grad_(False)
+
+
+def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in wrappers(model):
+        mine = {id(p) for p in module.bare().parameters()}
+        yield from (p for p in module.parameters() if id(p) not in mine)
 
 
 def _thaw(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from .files import CONFIG, folder_of, write_json
 from .kinds import PeftType, TaskType, task
 
 Names = list[str] | set[str] | str
-HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+BIASES = ("none", "all", "lora_only")
 
 
 @dataclass
@@ -30,11 +31,6 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         self.task_type = task(self.task_type)
-        if self.task_type in HEADS:
-            raise Mismatch(
-                f"task_type {self.task_type.value} trains the head as well, which is not there yet",
-                hint="leave task_type out to train the adapter alone",
-            )
 
     @classmethod
     def from_pretrained(
@@ -73,18 +69,20 @@ class _Targeted(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_modules, self.exclude_modules = _set(self.target_modules), _set(self.exclude_modules)
-        if self.modules_to_save:
-            raise Mismatch(f"modules_to_save {self.modules_to_save} is not there yet")
+        if isinstance(self.modules_to_save, (set, tuple)):
+            self.modules_to_save = list(self.modules_to_save)
+        if isinstance(self.modules_to_save, str):
+            raise Usage("modules_to_save is a list of names")
 
 
 # fields of PEFT's LoraConfig that must be left as they are
 OFF = (
-    "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
-    "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying",
+    "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "use_bdlora", "arrow_config",
+    "kasa_config", "ensure_weight_tying",
 )  # fmt: skip
-STARTS = (True, False, "gaussian")
-PLAIN_STARTS = (*STARTS, "orthogonal")  # a saved adapter that started so is an ordinary one
+STARTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+NITER = re.compile(r"pissa_niter_(\d+)")
 
 
 @dataclass
@@ -129,16 +127,31 @@ class LoraConfig(_Targeted):
         for name in OFF:
             if getattr(self, name):
                 raise Mismatch(f"{name} is not there yet")
-        if self.bias != "none":
-            raise Mismatch(f"bias={self.bias!r} is not there yet; 'none' is")
-        if isinstance(self.init_lora_weights, str):
-            self.init_lora_weights = self.init_lora_weights.lower()
-        if self.init_lora_weights not in PLAIN_STARTS:
-            raise Mismatch(
-                f"init_lora_weights={self.init_lora_weights!r} is not there yet; True, False and 'gaussian' are"
-            )
+        if self.bias not in BIASES:
+            raise Usage(f"bias is {self.bias!r}, it is one of {', '.join(BIASES)}")
+        self._start()
         self._numbers()
+        self._parameters()
         self._layers()
+
+    def _start(self) -> None:
+        start = self.init_lora_weights
+        start = self.init_lora_weights = start.lower() if isinstance(start, str) else start
+        if start not in STARTS and not NITER.fullmatch(str(start)):
+            raise Mismatch(
+                f"init_lora_weights={start!r} is not there; {', '.join(map(repr, STARTS))} and 'pissa_niter_N' are"
+            )
+        if self.lora_bias and start not in (True, False):
+            raise Usage(f"lora_bias goes with init_lora_weights True or False, not with {start!r}")
+
+    def _parameters(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise Usage("target_parameters is a list of names")
+        off = [n for n in ("lora_dropout", "lora_bias", "use_dora") if getattr(self, n)]
+        if self.target_parameters and off:
+            raise Usage(f"{off[0]} does not go with target_parameters: a bare parameter has no input of its own")
+        if self.use_dora and self.lora_bias:
+            raise Usage("lora_bias does not go with use_dora")
 
     def _numbers(self) -> None:
         for name, r in {"r": self.r, **self.rank_pattern}.items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
+from ..live.attach import by_rows
 from .config import PeftConfig
 from .files import WEIGHTS, folder_of, placed, same_vocabulary
 from .kinds import PeftType, TaskType
@@ -58,11 +59,18 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_base_model()(*args, **_plain(kwargs))
+        with self._by_rows(kwargs):
+            return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, with the adapters acting."""
-        return self.get_base_model().generate(*args, **_plain(kwargs))
+        with self._by_rows(kwargs, repeated=True):
+            return self.get_base_model().generate(*args, **kwargs)
+
+    def _by_rows(self, kwargs: dict[str, Any], repeated: bool = False) -> Any:
+        """Takes adapter_names, one adapter for each sample of the batch, out of a call's arguments."""
+        names = kwargs.pop("adapter_names", None)
+        return contextlib.nullcontext() if names is None else by_rows(self.get_base_model(), names, repeated=repeated)
 
     @classmethod
     def from_pretrained(
@@ -85,7 +93,7 @@ class PeftModel(nn.Module):
         folder = folder_of(model_id, subfolder, hub)
         settings = _settings(folder, is_trainable, config)
         kind = CLASSES.get(settings.task_type, PeftModel) if cls is PeftModel else cls
-        adapter = trained(model, folder)
+        adapter = trained(model, folder, settings)
         made = kind(model, settings, adapter_name, autocast_adapter_dtype, adapter=adapter)
         missing(model, settings, adapter)
         return made if is_trainable else made.eval()
@@ -108,7 +116,7 @@ class PeftModel(nn.Module):
         _float32(self.get_base_model(), autocast_adapter_dtype)
         folder = folder_of(model_id, subfolder, hub)
         settings = _settings(folder, is_trainable, None)
-        adapter = trained(self.get_base_model(), folder)
+        adapter = trained(self.get_base_model(), folder, settings)
         self.base_model.inject(adapter_name, settings, adapter)
         if is_trainable:
             self.set_requires_grad(adapter_name)
@@ -285,8 +293,6 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a fresh adapter, which trains. The settings learn which model it is."""
     _nothing(mixed=mixed)
-    if getattr(peft_config, "use_dora", False) and peft_config.lora_dropout and not peft_config.inference_mode:
-        raise Mismatch("use_dora with lora_dropout is not there yet", hint="leave lora_dropout=0")
     _told(model, peft_config)
     peft_config.revision = revision or peft_config.revision
     kind = CLASSES.get(peft_config.task_type, PeftModel)
@@ -315,14 +321,6 @@ def _settings(folder: Path, is_trainable: bool, given: PeftConfig | None) -> Pef
     if given is not None and replace(given, inference_mode=config.inference_mode) != config:
         raise Mismatch("config differs from the one in the folder", where=folder, hint="leave it out")
     return config
-
-
-def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise Mismatch(
-            "adapter_names, one adapter for each sample of a batch, is not there yet", hint="use set_adapter"
-        )
-    return kwargs
 
 
 def _nothing(**options: Any) -> None:

@@ -3,64 +3,141 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter import Adapter, Site
-from ..errors import AdaptKitWarning, Mismatch, quoted, some
+from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..formats.peft.patterns import lookup, unmatched
-from ..live.adapted import Adapted
-from ..live.attach import PLAIN, adaptable, suited, turned
+from ..live.attach import PLAIN, adaptable, bare, is_read, suited, turned, unwrapped
 from ..select import Select, matching
 from ..tuners.dora import DoRA, norms
+from ..tuners.experts import ExpertLoRA
 from ..tuners.ia3 import IA3
 from ..tuners.lora import LoRA
+from ..tuners.spectral import OLoRA, PiSSA
+from ..tuners.tokens import Tokens
 from . import defaults
-from .config import STARTS, IA3Config, LoraConfig, PeftConfig
+from .config import NITER, IA3Config, LoraConfig, PeftConfig
+from .kinds import TaskType
 
 FORWARDS = {kind.forward for kind in PLAIN}
+HEADS = ("score", "classifier")
 
 
 def resolved(model: nn.Module, config: PeftConfig) -> list[str]:
-    """The modules that the settings choose, in the model's order; fills in what the settings leave to the model."""
+    """The paths that the settings choose, in the model's order; fills in what the settings leave to the model.
+
+    Of modules, then of bare parameters.
+    """
     modules = unwrapped(model)
     names = [p for p in modules if p]
+    parameters = _parameters(config, modules)
     given = config.target_modules
-    if given is None:
+    if given is None and not parameters:
         _by_default(model, config)
     elif isinstance(given, str) and given.lower() == "all-linear":
-        config.target_modules = set(_all_linear(model))
-    chosen = _selection(config)(names)
+        config.target_modules = set(_all_linear(model, config))
+    chosen = _selection(config)(names) if config.target_modules or not parameters else []
     _unused(given, config.exclude_modules, names)
     config.fan_in_fan_out = any(type(modules[p]).__name__ == "Conv1D" for p in chosen)
-    return chosen
+    return [*_with_outputs(chosen, modules), *parameters, *_of_tokens(model, config, modules)]
 
 
 def fresh(model: nn.Module, config: PeftConfig, chosen: list[str]) -> Adapter:
-    """Numbers to start from, for each module chosen."""
+    """Numbers to start from, for each path chosen."""
     modules = unwrapped(model)
-    started = _ia3 if isinstance(config, IA3Config) else _lora
-    if isinstance(config, LoraConfig):
-        if config.init_lora_weights not in STARTS:
-            raise Mismatch(f"init_lora_weights={config.init_lora_weights!r} cannot be started from yet")
-        unmatched(asdict(config), chosen)
-    return Adapter(sites={p: started(config, p, checked(p, modules)) for p in chosen})
+    if isinstance(config, IA3Config):
+        return Adapter(sites={p: _ia3(config, p, checked(p, modules)) for p in chosen})
+    unmatched(asdict(config), chosen)
+    tokens = _of_tokens(model, config, modules)
+    sites = {}
+    for path in chosen:
+        if path in tokens:
+            sites[path] = _tokens(tokens[path], modules[path])
+        elif path not in modules:
+            sites[path] = _of_parameter(config, path, modules)
+        else:
+            sites[path] = _of_module(config, path, modules)
+    return Adapter(sites=sites)
 
 
-def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by path, as if none were wrapped."""
-    found: dict[str, nn.Module] = {}
-    inside: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, Adapted):
-            inside |= {id(m) for m in module.modules()}
-            found[path] = module.base
-        elif id(module) not in inside:
-            found[path] = module
+def _of_module(config: LoraConfig, path: str, modules: dict[str, nn.Module]) -> Site:
+    site = lora(config, path, checked(path, modules))
+    if not is_read(modules[path]):
+        return site
+    # PEFT adds this update twice, in forward as in merge: what was trained there, and reads what is trained here, has it so
+    return replace(site, tuner=replace(site.tuner, alpha=2 * site.tuner.alpha))
+
+
+def _with_outputs(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """With an nn.MultiheadAttention comes its output projection, whose weight is read and never called."""
+    found = []
+    for path in chosen:
+        if is_read(modules[path]) and path.rpartition(".")[0] in chosen:
+            continue
+        found.append(path)
+        if isinstance(modules[path], nn.MultiheadAttention):
+            found.append(f"{path}.out_proj")
     return found
+
+
+def _parameters(config: PeftConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """The bare parameters that target_parameters names, in the order in which they are registered."""
+    targets = getattr(config, "target_parameters", None) or []
+    paths = [f"{path}.{leaf}" if path else leaf for path, m in modules.items() for leaf in m._parameters]
+    hits = matching(list(targets), paths)
+    if lost := [t for t in targets if not matching([t], paths)]:
+        raise Mismatch(f"target_parameters: no parameter is called {some(lost)}")
+    return [p for p in paths if p in hits]
+
+
+def _of_tokens(model: nn.Module, config: PeftConfig, modules: dict[str, nn.Module]) -> dict[str, list[int]]:
+    """The embeddings some of whose rows train, with their indices."""
+    given = getattr(config, "trainable_token_indices", None)
+    if not given:
+        return {}
+    if not isinstance(given, dict):
+        embedding = bare(model.get_input_embeddings())
+        return {next(p for p, m in modules.items() if m is embedding): list(given)}
+    found = {}
+    for name, index in given.items():
+        paths = matching([name], list(modules))
+        if not paths:
+            raise Mismatch(f"trainable_token_indices: no module is called {quoted(name)}")
+        found |= {path: list(index) for path in paths}
+    return found
+
+
+def _tokens(index: list[int], module: nn.Module) -> Site:
+    rows = len(getattr(module, "weight", ()))
+    if len(set(index)) != len(index) or not all(0 <= i < rows for i in index):
+        raise Usage(f"trainable_token_indices names a token twice, or one outside of the {rows} there are")
+    at = torch.tensor(index, dtype=torch.long)
+    return Site(Tokens(), {"index": at, "rows": module.weight.detach()[at.to(module.weight.device)].float().clone()})
+
+
+def _of_parameter(config: LoraConfig, path: str, modules: dict[str, nn.Module]) -> Site:
+    """LoRA on a bare matrix, or on a stack of them. A: (r E, in)   B: (out, r E)"""
+    parent, _, leaf = path.rpartition(".")
+    module = modules[parent]
+    shape = module._parameters[leaf].shape
+    if len(shape) not in (2, 3):
+        raise Mismatch(f"{quoted(path)} is {list(shape)}; target_parameters takes matrices and stacks of them")
+    turned_ = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+    experts, (out, into) = (shape[0] if len(shape) == 3 else 1), shape[-2:][::-1] if turned_ else shape[-2:]
+    r = int(lookup(config.rank_pattern, path, config.r))
+    alpha = float(lookup(config.alpha_pattern, path, config.lora_alpha))
+    tuner = ExpertLoRA(r=r, alpha=alpha, rslora=config.use_rslora, transposed=turned_)
+    like = module._parameters[leaf].detach().new_empty(0, dtype=torch.float32)
+    A, B = like.new_empty(r * experts, into), like.new_zeros(out, r * experts)
+    if config.init_lora_weights in ("orthogonal", "pissa", "olora") or NITER.fullmatch(str(config.init_lora_weights)):
+        raise Mismatch(f"init_lora_weights={config.init_lora_weights!r} does not go with target_parameters")
+    return Site(tuner, _started(config, tuner, {"A": nn.init.kaiming_uniform_(A, a=5**0.5), "B": B}, plain=True))
 
 
 def _by_default(model: nn.Module, config: PeftConfig) -> None:
@@ -73,13 +150,19 @@ def _by_default(model: nn.Module, config: PeftConfig) -> None:
         config.target_modules = set(defaults.of_model(defaults.LORA, model))
 
 
-def _all_linear(model: nn.Module) -> list[str]:
+def _all_linear(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Every linear layer but the head, which is the output embedding or what a task trains as a whole."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    head = head.base if isinstance(head, Adapted) else head
+    heads = {id(bare(head))} if head is not None else set()
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        heads |= {id(bare(m)) for n in HEADS if (m := getattr(model, n, None)) is not None}
+    whole = tuple(config.modules_to_save or ())
     return [
         p
         for p, m in unwrapped(model).items()
-        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and m is not head
+        if ((isinstance(m, nn.Linear) and not is_read(m)) or type(m).__name__ == "Conv1D")
+        and id(m) not in heads
+        and not p.endswith(whole or "\0")
     ]
 
 
@@ -103,6 +186,8 @@ def checked(path: str, modules: dict[str, nn.Module]) -> nn.Module:
     module, kind = modules[path], type(modules[path]).__name__
     if isinstance(modules.get(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
         raise Mismatch(f"{quoted(path)} stands in nn.TransformerEncoderLayer, whose fast path goes around its layers")
+    if isinstance(module, nn.MultiheadAttention) or is_read(module):
+        return module
     if not adaptable(module):
         raise Mismatch(f"{quoted(path)} is a {kind}, on which no adapter can stand")
     if not module.weight.is_floating_point() or module.weight.dtype.itemsize < 2:
@@ -112,21 +197,76 @@ def checked(path: str, modules: dict[str, nn.Module]) -> nn.Module:
     return module
 
 
-def _lora(config: LoraConfig, path: str, module: nn.Module) -> Site:
-    kind = DoRA if config.use_dora else LoRA
+def lora(config: LoraConfig, path: str, module: nn.Module) -> Site:
+    """Fresh numbers for one module, as the settings want them started."""
+    kind, more = _kind(config)
     r = int(lookup(config.rank_pattern, path, config.r))
     alpha = float(lookup(config.alpha_pattern, path, config.lora_alpha))
-    tuner = suited(kind(r=r, alpha=alpha, rslora=config.use_rslora, dropout=config.lora_dropout), module)
-    params = dict(tuner.init(module))
+    settings = {"r": r, "alpha": alpha, "rslora": config.use_rslora, "dropout": config.lora_dropout, **more}
+    if isinstance(module, nn.Embedding) and kind in (PiSSA, OLoRA):
+        kind, settings = LoRA, {k: v for k, v in settings.items() if k not in more}  # PEFT starts those plainly
+    tuner = suited(kind(**settings), module)
+    if isinstance(module, nn.MultiheadAttention):
+        tuner, module = _joint(config, tuner, path, module)
     plain = not isinstance(module, nn.Embedding)
-    if config.init_lora_weights == "gaussian" and plain:
-        nn.init.normal_(params["A"], std=1 / r)
-    elif config.init_lora_weights is False:
-        for letter in "AB":
-            params[letter] = _loose(params[letter], plain)
-        if config.use_dora:
-            params["m"] = norms(LoRA.weight(tuner, module.weight.detach().float(), params), turned(module)).reshape(-1)
+    params = _started(config, tuner, dict(tuner.init(module)), plain)
+    if config.use_dora and config.init_lora_weights is False:
+        params["m"] = norms(LoRA.weight(tuner, module.weight.detach().float(), params), turned(module)).reshape(-1)
+    if config.lora_bias:
+        params["c"] = _bias(config, path, module)
     return Site(tuner, params)
+
+
+def _kind(config: LoraConfig) -> tuple[type[LoRA], dict[str, Any]]:
+    start = str(config.init_lora_weights)
+    if found := NITER.fullmatch(start):
+        kind, more = PiSSA, {"niter": int(found[1])}
+    else:
+        kind, more = {"pissa": PiSSA, "olora": OLoRA}.get(start, DoRA if config.use_dora else LoRA), {}
+    if config.use_dora and kind is not DoRA:
+        raise Mismatch(f"use_dora with init_lora_weights={start!r} is not there yet")
+    return kind, more
+
+
+def _joint(config: LoraConfig, tuner: LoRA, path: str, module: nn.MultiheadAttention) -> tuple[LoRA, Any]:
+    """The joint projection of an nn.MultiheadAttention, as if it were a linear layer."""
+    if module.in_proj_weight is None:
+        raise Mismatch(f"{quoted(path)} has three projections of different widths, on which no adapter can stand")
+    if off := [n for n in ("lora_dropout", "use_dora", "lora_bias") if getattr(config, n)]:
+        raise Usage(
+            f"{off[0]} does not go with {quoted(path)}, an nn.MultiheadAttention: its weight is read, not called"
+        )
+    return tuner, SimpleNamespace(weight=module.in_proj_weight)
+
+
+def _started(config: LoraConfig, tuner: LoRA, params: dict[str, Any], plain: bool) -> dict[str, Any]:
+    """Factors as init_lora_weights wants them; True has been done already."""
+    start = config.init_lora_weights
+    if start == "gaussian" and plain:
+        nn.init.normal_(params["A"], std=1 / tuner.r)
+    elif start == "orthogonal":
+        params |= _orthogonal(tuner.r, params["A"], params["B"])
+    elif start is False:
+        params |= {letter: _loose(params[letter], plain) for letter in "AB"}
+    return params
+
+
+def _orthogonal(r: int, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Factors whose product is zero though neither is: their rows and columns span different halves of r dimensions."""
+    if r % 2 or A.ndim > 2:
+        raise Usage(f"orthogonal starts need an even rank and a linear layer, not rank {r} and {A.ndim} dimensions")
+    Q = torch.linalg.qr(torch.randn(r, r))[0]
+    first, second = torch.randn(A.shape[1], r // 2) @ Q[0::2], torch.randn(r // 2, B.shape[0]).T @ Q[1::2]
+    return {"A": (first.T / 10).contiguous().to(A), "B": (second / 10).contiguous().to(B)}
+
+
+def _bias(config: LoraConfig, path: str, module: Any) -> torch.Tensor:
+    if getattr(module, "bias", None) is None:
+        raise Mismatch(f"lora_bias: {quoted(path)} has no bias to merge into", hint="leave it out, or lora_bias")
+    c = torch.zeros(module.bias.shape, device=module.bias.device)
+    if config.init_lora_weights is False:
+        nn.init.uniform_(c, -(config.r**-0.5), config.r**-0.5)  # as torch starts a layer with r inputs
+    return c
 
 
 def _loose(value: torch.Tensor, plain: bool) -> torch.Tensor:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdaptKitWarning, Mismatch, quoted, some
-from ..live.adapted import Adapted, key
-from ..live.attach import adapted_modules
+from ..live import loose
+from ..live.attach import unwrapped
+from . import heads
 from .tuner import TunerModel
-
-NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector", "l": "ia3_l"}
-IN_EMBEDDINGS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+from .tuners.slots import Slotted
 
 
 class LoadResult(NamedTuple):
@@ -26,10 +25,9 @@ class LoadResult(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One tensor: PEFT's name and shape for it, ours in a state dict, and the parameter."""
+    """One tensor: its name in a file, its name in the model's state dict, and itself."""
 
     name: str
-    shape: tuple[int, ...]
     ours: str
     value: nn.Parameter
 
@@ -54,7 +52,7 @@ def get_peft_model_state_dict(
         if state_dict is not None and part.ours not in state_dict:
             raise Mismatch(f"the state dict has no {quoted(part.ours)}", hint="give the model's own state_dict()")
         value = part.value if state_dict is None else state_dict[part.ours]
-        found[part.name] = value.detach().reshape(part.shape)
+        found[part.name] = value.detach()
     return found
 
 
@@ -70,13 +68,13 @@ def set_peft_model_state_dict(
     fitting = {}
     for name, part in wanted.items():
         given = peft_model_state_dict.get(name)
-        if given is not None and tuple(given.shape) == part.shape:
+        if given is not None and given.shape == part.value.shape:
             fitting[name] = given
         elif given is not None and not ignore_mismatched_sizes:
-            raise Mismatch(f"{quoted(name)} is {list(given.shape)}, the model has {list(part.shape)}")
+            raise Mismatch(f"{quoted(name)} is {list(given.shape)}, the model has {list(part.value.shape)}")
     with torch.no_grad():
         for name, given in fitting.items():
-            wanted[name].value.copy_(given.reshape(wanted[name].value.shape))
+            wanted[name].value.copy_(given)
     result = LoadResult([n for n in wanted if n not in fitting], [n for n in peft_model_state_dict if n not in wanted])
     for names, what in ((result.missing_keys, "not loaded"), (result.unexpected_keys, "not used")):
         if names:
@@ -88,25 +86,17 @@ def parts(model: nn.Module, adapter_name: str) -> Iterator[Part]:
     """Every tensor of one adapter. Raises Mismatch when the model has no such adapter."""
     tuner, prefix = (model, "model.") if isinstance(model, TunerModel) else (model.base_model, "base_model.model.")
     tuner.known([adapter_name])
-    for path, module in adapted_modules(tuner.model).items():
-        if adapter_name in module.tuners:
-            yield from _of_module(f"{prefix}{path}", module, adapter_name)
-
-
-def _of_module(path: str, module: Adapted, name: str) -> Iterator[Part]:
-    names = NAMES | IN_EMBEDDINGS if isinstance(module.base, nn.Embedding) else NAMES
-    for letter, value in module.of(name).items():
-        shape = _shape(letter, value, module, name)
-        yield Part(f"{path}.{names[letter]}", shape, f"{path}.params.{key(name)}.{letter}", value)
-
-
-def _shape(letter: str, value: Any, module: Adapted, name: str) -> tuple[int, ...]:
-    """PEFT's shape: vectors of convolutions have the kernel's dimensions, IA3's say their side."""
-    n, ndim = value.numel(), module.base.weight.ndim
-    if letter in "AB":
-        return tuple(value.shape)
-    if ndim > 2:
-        return (1, n, *[1] * (ndim - 2))
-    if letter == "m":
-        return (n,)
-    return (1, n) if module.tuners[name].feedforward else (n, 1)
+    saved = prefix
+    biases = loose.of(tuner.model)[adapter_name].aside if adapter_name in loose.of(tuner.model) else {}
+    paths = {id(module): path for path, module in tuner.model.named_modules()}
+    for path, module in tuner.model.named_modules():
+        if isinstance(module, Slotted) and adapter_name in module.tuners:
+            for here, there, value in module.entries(adapter_name):
+                yield Part(f"{saved}{path}.{there}", f"{prefix}{path}.{here}", value)
+    for here, there, value in heads.entries(tuner.model, adapter_name):
+        yield Part(saved + there, prefix + here, value)
+    modules = unwrapped(tuner.model)
+    for bias in biases:
+        parent, _, leaf = bias.rpartition(".")
+        path = f"{paths[id(modules[parent])]}.{leaf}"
+        yield Part(saved + path, prefix + path, tuner.model.get_parameter(path))

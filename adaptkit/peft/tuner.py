@@ -12,10 +12,14 @@ from torch import nn
 from .. import live
 from ..adapter import Adapter
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
-from . import sites
+from ..live import loose
+from ..live.attach import enable, unwrapped
+from . import heads, sites
 from .config import PeftConfig
 from .files import checked_name
 from .kinds import PeftType
+from .tuners import ia3, lora
+from .tuners.slots import Slotted
 
 
 class TunerModel(nn.Module):
@@ -26,6 +30,7 @@ class TunerModel(nn.Module):
     """
 
     peft_type: ClassVar[PeftType]
+    wrap: ClassVar[Any]
 
     def __init__(
         self,
@@ -66,7 +71,7 @@ class TunerModel(nn.Module):
     @property
     def merged_adapters(self) -> list[str]:
         """The adapters whose updates are in the weights at the moment, in the order in which they went in."""
-        return list(dict.fromkeys(n for m in live.adapted_modules(self.model).values() for n in m.merged))
+        return list(dict.fromkeys(n for m in live.adapted_modules(self.model).values() for n in m.merged_adapters))
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -88,34 +93,64 @@ class TunerModel(nn.Module):
         if merged := self.merged_adapters:
             raise Mismatch(f"{some(merged)} is merged into the weights", hint="call unmerge_adapter first")
         chosen = sites.resolved(self.model, config)
-        live.attach(self.model, adapter or sites.fresh(self.model, config, chosen), name=name)
+        try:
+            self._put(name, config, adapter or sites.fresh(self.model, config, chosen))
+        except BaseException:
+            self._remove(name)
+            raise
         self.peft_config[name] = config
         self._activate()
         self.set_requires_grad(name, False)
         return chosen
 
+    def _put(self, name: str, config: PeftConfig, given: Adapter) -> None:
+        whole = heads.chosen(self.model, config.modules_to_save or ())
+        live.attach(self.model, Adapter(given.sites, {}, given.meta, given.about), name=name, wrap=self.wrap)
+        copies = heads.train_whole(self.model, name, whole)
+        used = heads.load(copies, given.whole)
+        if biases := self._biases(config, copies):
+            loose.replace(self.model, name, {p: given.whole.get(p) for p in biases})
+        if lost := sorted(set(given.whole) - used - set(biases)):
+            raise Mismatch(f"{some(lost)} has no place: no setting of the adapter speaks of it")
+
+    def _remove(self, name: str) -> None:
+        heads.remove(self.model, name)
+        if name in live.attached(self.model):
+            live.detach(self.model, name)
+
+    def _biases(self, config: PeftConfig, copies: Collection[str]) -> list[str]:
+        """The biases that train: all of them, or those of adapted modules; those of copies train there."""
+        kind = getattr(config, "bias", "none")
+        if kind == "none":
+            return []
+        adapted = set(live.adapted_modules(self.model))
+        return [
+            f"{path}.bias" if path else "bias"
+            for path, module in unwrapped(self.model).items()
+            if module._parameters.get("bias") is not None
+            and (kind == "all" or path in adapted)
+            and not any(path == c or path.startswith(f"{c}.") for c in copies)
+        ]
+
     def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
-        """Let adapters train, or freeze them. DoRA with dropout stays frozen: its dropout is not there yet."""
+        """Let adapters train, or freeze them."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.known(names)
-        if requires_grad:
-            names = [n for n in names if not self._dropped(n)]
         for module in live.adapted_modules(self.model).values():
             for name in names:
-                if name in module.tuners:
-                    module.of(name).requires_grad_(requires_grad)
-
-    def _dropped(self, name: str) -> bool:
-        config = self.peft_config[name]
-        if not (getattr(config, "use_dora", False) and config.lora_dropout):
-            return False
-        warnings.warn(f"{quoted(name)} stays frozen: DoRA with lora_dropout trains not yet", AdaptKitWarning)
-        return True
+                if name in module.tuners and isinstance(module, Slotted):
+                    module.train_adapter(name, requires_grad)
+        for name in names:
+            for copy in (m.modules_to_save[name] for m in heads.of(self.model).values() if name in m.names()):
+                copy.requires_grad_(requires_grad)
+            for path in loose.of(self.model)[name].aside if name in loose.of(self.model) else ():
+                self.model.get_parameter(path).requires_grad_(requires_grad)
 
     def set_adapter(self, adapter_name: str | Collection[str], inference_mode: bool = False) -> None:
         """Choose the adapters that act, in order; they train, unless inference_mode, and the others do not."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.known(names)
+        heads.one_each(self.model, names)
         self._unmerged("other adapters were chosen")
         self.active_adapters = names
         self._activate()
@@ -133,7 +168,7 @@ class TunerModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off for good. When it was the only active one, the first of the others becomes active."""
         self.known([adapter_name])
-        live.detach(self.model, adapter_name)
+        self._remove(adapter_name)
         del self.peft_config[adapter_name]
         left = [n for n in self.active_adapters if n != adapter_name]
         if not left and self.peft_config:
@@ -145,7 +180,8 @@ class TunerModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Collection[str] | None = None, safe_merge: bool = False) -> None:
         """Put the updates of adapters into the weights, until unmerge_adapter. Values that overflow are always refused."""
-        live.merge(self.model, self._mergeable(adapter_names))
+        names = self._mergeable(adapter_names)
+        live.merge(self.model, [n for n in names if n in live.attached(self.model)])
 
     def unmerge_adapter(self) -> None:
         """Give every weight back the bytes it had before merge_adapter."""
@@ -156,7 +192,10 @@ class TunerModel(nn.Module):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Collection[str] | None = None
     ) -> nn.Module:
         """The model with the updates in its weights, and no adapter on it."""
-        live.absorb(self.model, self._mergeable(adapter_names))
+        names = self._mergeable(adapter_names)
+        heads.one_each(self.model, names)
+        live.absorb(self.model, names, watch=_bar(progressbar))
+        heads.keep(self.model, names)
         _untied(self.model)
         return self._bare()
 
@@ -164,7 +203,7 @@ class TunerModel(nn.Module):
         """The model as it was before it met an adapter."""
         live.unmerge(self.model)
         for name in self.peft_config:
-            live.detach(self.model, name)
+            self._remove(name)
         return self._bare()
 
     def _bare(self) -> nn.Module:
@@ -178,7 +217,7 @@ class TunerModel(nn.Module):
         if twice := [n for n in names if n in self.merged_adapters]:
             warnings.warn(f"{some(twice)} is merged already", AdaptKitWarning)
         for path, module in live.adapted_modules(self.model).items():
-            into = list(dict.fromkeys([*module.merged, *(n for n in names if n in module.tuners)]))
+            into = list(dict.fromkeys([*module.merged_adapters, *(n for n in names if n in module.tuners)]))
             late = [n for n in dict.fromkeys(into + module.active) if into and not module.tuners[n].follows]
             if late and late != into[:1]:
                 raise Mismatch(
@@ -208,23 +247,34 @@ class TunerModel(nn.Module):
         self._enable(True)
 
     def _enable(self, enabled: bool) -> None:
-        for module in live.adapted_modules(self.model).values():
-            module.enabled = enabled
+        enable(self.model, enabled, self.active_adapters)
+        self.set_requires_grad(self.active_adapters, enabled)
 
 
 class LoraModel(TunerModel):
     """A model with LoRA, rsLoRA or DoRA adapters."""
 
     peft_type = PeftType.LORA
+    wrap = staticmethod(lora.wrap)
 
 
 class IA3Model(TunerModel):
     """A model with (IA)^3 adapters."""
 
     peft_type = PeftType.IA3
+    wrap = staticmethod(ia3.wrap)
 
 
 MODELS: dict[PeftType, type[TunerModel]] = {m.peft_type: m for m in (LoraModel, IA3Model)}
+
+
+def _bar(shown: bool) -> Any:
+    """A progress bar over what is merged, or nothing."""
+    if not shown:
+        return iter
+    from rich.progress import track
+
+    return lambda modules: track(modules, description="merging", transient=True)
 
 
 def _untied(model: nn.Module) -> None:

@@ -24,11 +24,24 @@ class Tuner(ABC):
     name: ClassVar[str]
     arrays: ClassVar[str] = "torch"  # what `weight` computes with: "any" or "torch"
     noise: ClassVar[float] = 1.0  # float32 roundings that a sound float32 program may be away from the exact weight
+    of_rows: ClassVar[bool] = False  # replaces rows of an embedding, and so columns of a head that is tied to it
     follows: ClassVar[bool] = True  # may come after another adapter's change of the same weight
 
     def init(self, base: Any) -> Params:
         """Fresh numbers for one module; must start as a no-op."""
         raise Mismatch(f"{self.name} cannot be started on a {type(base).__name__}")
+
+    def start(self, base: Any) -> Params:
+        """Numbers that belong to the module and are in no file; `init` makes them too."""
+        return {}
+
+    def trains(self, letter: str, value: Any) -> bool:
+        """Whether a param is one that training changes."""
+        return value.is_floating_point()
+
+    def kept(self, p: Params) -> tuple[Tuner, Params]:
+        """This tuner and its params as they leave the module."""
+        return self, p
 
     def weight(self, W: Array, p: Params) -> Array:
         """The weight after adaptation, in the shape of W."""

@@ -30,7 +30,18 @@ class DoRA(LoRA):
         return renormed(super().weight(W, p), p["m"], self.transposed)
 
     def forward(self, base: Any, p: Params, *args: Any, **kwargs: Any) -> Any:
-        return Tuner.forward(self, base, p, *args, **kwargs)
+        """y + (g - 1) W x + g s B A x     g = m / |V|; only g needs the dense V, and no gradient goes through it."""
+        if self.embedding or not hasattr(base, "named_parameters"):
+            return Tuner.forward(self, base, p, *args, **kwargs)
+        from .run import bottom, broadcast, dropped, unbiased, update
+
+        module, (x, *rest) = bottom(base), args
+        y, kept = base(x, *rest, **kwargs), dropped(self, module, x)
+        W = module.weight.detach().to(p["A"].dtype)
+        n = norms(LoRA.weight(self, W, {k: p[k].detach() for k in "AB"}), self.transposed)
+        g = broadcast(p["m"].reshape(-1) / n.reshape(-1), W.ndim)
+        change = (g - 1) * unbiased(module, kept, self.transposed) + g * update(self, module, p, kept)
+        return y + change.to(y.dtype)
 
     def factors(self, p: Params) -> None:
         return None

@@ -24,6 +24,11 @@ class ExpertLoRA(LoRA):
 
     def weight(self, W: Array, p: Params) -> Array:
         stack = W.reshape(-1, *W.shape[-2:])
+        if hasattr(W, "requires_grad"):  # torch's: gradients flow through one product
+            E = stack.shape[0]
+            A, B = p["A"].reshape(E, self.r, -1), p["B"].reshape(-1, self.r, E).permute(2, 0, 1)
+            D = B @ A
+            return W + self.scale * (D.mT if self.transposed else D).reshape(W.shape)
         parts = [self.one(p, e, stack.shape[0]) for e in range(stack.shape[0])]
         changed = [LoRA.weight(self, stack[e], parts[e]) for e in range(stack.shape[0])]
         for e, matrix in enumerate(changed):

@@ -1,0 +1,85 @@
+"""Tensors of a model that an adapter replaces outright, in place: trained biases, norms, heads.
+
+While the adapter acts, the parameter holds the adapter's value and the old one is kept aside; else the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Mismatch, quoted, some
+
+NOTE = "_adaptkit_loose"
+
+
+class Loose:
+    """What one adapter replaces.    aside: by parameter path, the value that the model does not hold now."""
+
+    def __init__(self) -> None:
+        self.aside: dict[str, Tensor] = {}
+        self.acts = False
+
+    def swap(self, model: nn.Module, acts: bool) -> None:
+        """Let the adapter's values act, or the old ones."""
+        if acts == self.acts:
+            return
+        for path, other in self.aside.items():
+            parameter = model.get_parameter(path)
+            self.aside[path] = parameter.data
+            parameter.data = other.to(parameter.device)
+        self.acts = acts
+
+
+def of(model: nn.Module) -> dict[str, Loose]:
+    """What adapters replace outright in a model, by adapter name."""
+    return model.__dict__.setdefault(NOTE, {})
+
+
+def replace(model: nn.Module, name: str, values: Mapping[str, Tensor | None], trains: bool = True) -> None:
+    """Give parameters a value that goes with an adapter; None starts from the model's own. Acts at once.
+
+    Raises Mismatch for a path that is no parameter of the model, a shape that differs, or two adapters on one parameter.
+    """
+    made = Loose()
+    for path, value in values.items():
+        parameter = _parameter(model, path)
+        if taken := [n for n, other in of(model).items() if path in other.aside and n != name]:
+            raise Mismatch(f"{quoted(path)} is replaced by {some(taken)} already", hint="detach it first")
+        if value is not None and value.shape != parameter.shape:
+            raise Mismatch(f"{quoted(path)} is {list(value.shape)}, the model has {list(parameter.shape)}")
+        made.aside[path] = parameter.data.clone() if value is None else value.to(parameter.dtype)
+    of(model)[name] = made
+    made.swap(model, True)
+    for path in values:
+        model.get_parameter(path).requires_grad_(trains)
+
+
+def take(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Give the model its own values back; the adapter's are returned."""
+    if name not in of(model):
+        return {}
+    loose = of(model).pop(name)
+    loose.swap(model, False)
+    return loose.aside
+
+
+def act(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the values of these adapters act, and no others."""
+    names = list(names)
+    for name, loose in of(model).items():
+        loose.swap(model, name in names)
+
+
+def acting(model: nn.Module) -> list[str]:
+    """The adapters whose values act at the moment."""
+    return [name for name, loose in of(model).items() if loose.acts]
+
+
+def _parameter(model: nn.Module, path: str) -> torch.nn.Parameter:
+    try:
+        return model.get_parameter(path)
+    except AttributeError:
+        raise Mismatch(f"{quoted(path)} is not a parameter of this model", hint="is it made for another one?") from None
