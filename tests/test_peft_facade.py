@@ -575,13 +575,31 @@ def test_choosing_another_adapter_takes_what_is_merged_out():
         model.delete_adapter("other")
     assert model.active_adapter == "default"
     assert not torch.allclose(logits(model), plain, atol=1e-4)
-    with pytest.raises(AdaptKitError, match="vocabulary grew"):
-        _saved_grown(model)
 
 
-def _saved_grown(model: nn.Module) -> None:
-    model.peft_config["default"].base_model_name_or_path = str(FIXTURES / "models/llama")
-    model.save_pretrained("never-written")
+def test_a_vocabulary_that_grew_is_saved_with_the_adapter(tmp_path: Path):
+    """The new rows go along, PEFT loads them, and a base that has not grown is told to."""
+    base = loaded(FIXTURES / "models/llama", "llama")
+    base.resize_token_embeddings(264)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[260:] += 1
+    model = ours.get_peft_model(base.eval(), ours.LoraConfig(r=2))
+    share_alone(model)
+    ids = torch.tensor([[5, 262, 7, 263]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    for room in (theirs, ours):
+        fresh = loaded(FIXTURES / "models/llama", "llama")
+        if room is ours:
+            with pytest.raises(AdaptKitError, match="resize its embeddings|resize_token_embeddings"):
+                ours.PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)
+        fresh.resize_token_embeddings(264)
+        with torch.no_grad():
+            got = quietly(room.PeftModel.from_pretrained, fresh, tmp_path)(input_ids=ids).logits
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_checkpointing_trains():

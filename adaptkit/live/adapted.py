@@ -48,10 +48,10 @@ class Adapted(Wrapper):
         """Forget the numbers of one adapter."""
         del self.params[key(name)]
 
-    def add(self, name: str, site: Site) -> None:
+    def add(self, name: str, site: Site, copy: bool = True) -> None:
         """Put a site on, inactive; its numbers are float32 where the base's are shorter, so that small steps count."""
         device = next(self.bare().parameters()).device
-        long = {letter: _long(value.detach().to(device)) for letter, value in site.params.items()}
+        long = {letter: _long(value.detach().to(device), copy) for letter, value in site.params.items()}
         self.put(name, {k: nn.Parameter(v, requires_grad=site.tuner.trains(k, v)) for k, v in long.items()})
         self.tuners[name] = site.tuner
 
@@ -136,8 +136,10 @@ def key(name: str) -> str:
     return "adapter_" + name.replace(".", "\u2024")  # prefixed, since ModuleDict refuses its own methods' names
 
 
-def _long(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value.clone()
+def _long(value: Tensor, copy: bool) -> Tensor:
+    if value.is_floating_point() and value.dtype.itemsize < 4:
+        return value.float()
+    return value.clone() if copy else value
 
 
 def _like(value: Tensor, other: Tensor) -> Tensor:

@@ -33,11 +33,13 @@ def attach(
     name: str = "default",
     freeze: bool = True,
     wrap: Wrap | None = None,
+    copy: bool = True,
 ) -> list[str]:
     """Put an adapter on a model: a fresh one from a tuner and a selection, or one that was trained before.
 
     model: changed in place; the chosen modules are wrapped.    select: which, needed with a tuner.
     name: what to call it.    freeze: let only adapters train; detach gives each parameter its old flag back.
+    copy: train copies of a given adapter's numbers, not the numbers themselves where that is possible.
     wrap: makes a wrapper, of a module, the name of its adapted parameter and the site.
 
     Returns the module names. Raises Mismatch when nothing is chosen, a module cannot be adapted, or the name is taken.
@@ -51,7 +53,7 @@ def attach(
     if freeze:
         _freeze(model)
     for path, module in around(model, sites, wrap).items():
-        module.add(name, sites[path])
+        module.add(name, sites[path], copy and adapter is tuner)
         module.active.append(name)
         if sites[path].tuner.of_rows:
             _tie(model, module)

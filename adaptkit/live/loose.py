@@ -49,7 +49,8 @@ def replace(model: nn.Module, name: str, values: Mapping[str, Tensor | None], tr
         if taken := [n for n, other in of(model).items() if path in other.aside and n != name]:
             raise Mismatch(f"{quoted(path)} is replaced by {some(taken)} already", hint="detach it first")
         if value is not None and value.shape != parameter.shape:
-            raise Mismatch(f"{quoted(path)} is {list(value.shape)}, the model has {list(parameter.shape)}")
+            hint = "resize its embeddings first" if parameter.ndim == 2 else ""
+            raise Mismatch(f"{quoted(path)} is {list(value.shape)}, the model has {list(parameter.shape)}", hint=hint)
         made.aside[path] = parameter.data.clone() if value is None else value.to(parameter.dtype)
     of(model)[name] = made
     made.swap(model, True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import Mismatch, System, Usage, quoted
+from ..errors import System, Usage, quoted
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -52,15 +52,10 @@ def placed(path: Path, write: Callable[[Path], object]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def same_vocabulary(model: Any, base: str | None) -> None:
-    """Raise Mismatch when the embeddings grew since the model was loaded: new rows are not saved with an adapter yet."""
+def grown(model: Any, base: str | None) -> bool:
+    """Whether the vocabulary has another size than in the base's folder."""
     file = Path(base or "", "config.json")
     now = getattr(getattr(model, "config", None), "vocab_size", None)
     if not base or not file.is_file() or now is None:
-        return
-    then = json.loads(file.read_text(encoding="utf-8")).get("vocab_size", now)
-    if then != now:
-        raise Mismatch(
-            f"the vocabulary grew from {then} to {now}, and the new rows are not saved with an adapter yet",
-            hint="save the resized model first, and load it from there",
-        )
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("vocab_size", now) != now

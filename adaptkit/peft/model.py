@@ -18,7 +18,7 @@ from ..adapter import Adapter
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..live.attach import by_rows
 from .config import PeftConfig
-from .files import WEIGHTS, folder_of, placed, same_vocabulary
+from .files import WEIGHTS, folder_of, grown, placed
 from .kinds import PeftType, TaskType
 from .saved import missing, trained
 from .state import LoadResult, get_peft_model_state_dict
@@ -141,8 +141,8 @@ class PeftModel(nn.Module):
         for name in names:
             config = self.peft_config[name]
             base = config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
-            same_vocabulary(self.get_base_model(), base)
-            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            ends = grown(self.get_base_model(), base) if save_embedding_layers == "auto" else save_embedding_layers
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=ends)
             if is_main_process:
                 folder = Path(save_directory) if name == "default" else Path(save_directory, name)
                 _write(folder, tensors)
@@ -336,5 +336,5 @@ def _float32(model: nn.Module, autocast: bool) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
-    whole = {n: t.cpu().contiguous() for n, t in tensors.items()}
+    whole = {n: t.cpu().contiguous().clone() for n, t in tensors.items()}  # tied ends are written twice, as PEFT does
     placed(folder / WEIGHTS, lambda p: save_file(whole, p, metadata={"format": "pt"}))

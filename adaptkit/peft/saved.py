@@ -33,30 +33,21 @@ def trained(model: nn.Module, folder: Path, config: PeftConfig) -> Adapter:
         if parameter == "weight":
             checked(at, modules)
     whole = {name: torch.as_tensor(load(value)) for name, value in adapter.whole.items()}
-    spoken = _spoken_of(model, config, whole)
-    _nothing_new(model, {n: v for n, v in whole.items() if n not in spoken}, folder)
-    return Adapter(adapter.sites, {n: v for n, v in whole.items() if n in spoken}, adapter.meta, adapter.about)
-
-
-def _spoken_of(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Tensor]) -> set[str]:
-    """The tensors that modules_to_save and bias ask for."""
     inside = tuple(f"{path}." for path in heads.chosen(model, config.modules_to_save or ()))
-    bias = getattr(config, "bias", "none") != "none"
-    return {n for n in whole if n.startswith(inside or "\0") or (bias and n.rpartition(".")[2] == "bias")}
+    kept = {n: v for n, v in whole.items() if n.startswith(inside or "\0") or _differs(modules, n, v)}
+    return Adapter(adapter.sites, kept, adapter.meta, adapter.about)
 
 
-def _nothing_new(model: nn.Module, whole: dict[str, torch.Tensor], folder: Path) -> None:
-    """PEFT saves a copy of an adapted embedding beside its factors: fine, as long as the model has the same numbers."""
-    modules = unwrapped(model)
-    for name, there in whole.items():
-        path, _, leaf = name.rpartition(".")
-        here = getattr(modules.get(path), leaf, None)
-        if here is None or here.shape != there.shape or not torch.equal(here.detach().cpu().float(), there.float()):
-            raise Mismatch(
-                f"replaces {quoted(name)} outright, which no setting of it speaks of",
-                where=folder,
-                hint="merge it with adaptkit.merge",
-            )
+def _differs(modules: dict[str, nn.Module], name: str, there: torch.Tensor) -> bool:
+    """Whether a tensor says something new: PEFT saves a copy of an embedding beside its factors, or when it grew."""
+    path, _, leaf = name.rpartition(".")
+    here = getattr(modules.get(path), leaf, None)
+    if here is None:
+        raise Mismatch(f"holds {quoted(name)}, which the model does not have")
+    if here.shape != there.shape:
+        hint = "call resize_token_embeddings on the base first" if here.ndim == 2 else ""
+        raise Mismatch(f"{quoted(name)} is {list(there.shape)}, the model has {list(here.shape)}", hint=hint)
+    return not torch.equal(here.detach().cpu().float(), there.float())
 
 
 def missing(model: nn.Module, config: PeftConfig, adapter: Adapter) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..tuners.tokens import Tokens
 from . import defaults
 from .config import NITER, IA3Config, LoraConfig, PeftConfig
 from .kinds import TaskType
+from .tuners.lora import twice
 
 FORWARDS = {kind.forward for kind in PLAIN}
 HEADS = ("score", "classifier")
@@ -68,10 +69,7 @@ def fresh(model: nn.Module, config: PeftConfig, chosen: list[str]) -> Adapter:
 
 def _of_module(config: LoraConfig, path: str, modules: dict[str, nn.Module]) -> Site:
     site = lora(config, path, checked(path, modules))
-    if not is_read(modules[path]):
-        return site
-    # PEFT adds this update twice, in forward as in merge: what was trained there, and reads what is trained here, has it so
-    return replace(site, tuner=replace(site.tuner, alpha=2 * site.tuner.alpha))
+    return Site(twice(site.tuner), site.params) if is_read(modules[path]) else site
 
 
 def _with_outputs(chosen: list[str], modules: dict[str, nn.Module]) -> list[str]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import AdaptKitWarning, Mismatch, quoted, some
 from ..live import loose
-from ..live.attach import unwrapped
+from ..live.attach import bare, unwrapped
+from ..live.replaced import Replaced
 from . import heads
 from .tuner import TunerModel
 from .tuners.slots import Slotted
@@ -42,13 +43,11 @@ def get_peft_model_state_dict(
     """The tensors of one adapter.
 
     state_dict: take the values from here, as the model's own state_dict() names them.
-    save_embedding_layers: base embeddings are never added, so True is refused.
+    save_embedding_layers: True adds the model's embedding and output head; "auto" does not.
     """
-    if save_embedding_layers is True:
-        raise Mismatch("save_embedding_layers=True is not there yet")
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     found = {}
-    for part in parts(model, adapter_name):
+    for part in [*parts(model, adapter_name), *(ends(model) if save_embedding_layers is True else ())]:
         if state_dict is not None and part.ours not in state_dict:
             raise Mismatch(f"the state dict has no {quoted(part.ours)}", hint="give the model's own state_dict()")
         value = part.value if state_dict is None else state_dict[part.ours]
@@ -82,9 +81,27 @@ def set_peft_model_state_dict(
     return result
 
 
+def ends(model: nn.Module) -> Iterator[Part]:
+    """The weights of the embedding and of the output head, where they are no copies of an adapter's own."""
+    tuner, prefix = _rooted(model)
+    paths = {id(module): path for path, module in tuner.model.named_modules()}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(tuner.model, get)() if hasattr(tuner.model, get) else None
+        if layer is None or isinstance(layer, Replaced):
+            continue
+        path = paths[id(bare(layer))]
+        for leaf, value in bare(layer).named_parameters(recurse=False):
+            yield Part(f"base_model.model.{path}.{leaf}", f"{prefix}{path}.{leaf}", value)
+
+
+def _rooted(model: nn.Module) -> tuple[TunerModel, str]:
+    """The tuner model, and what precedes the names of the base model's tensors."""
+    return (model, "model.") if isinstance(model, TunerModel) else (model.base_model, "base_model.model.")
+
+
 def parts(model: nn.Module, adapter_name: str) -> Iterator[Part]:
     """Every tensor of one adapter. Raises Mismatch when the model has no such adapter."""
-    tuner, prefix = (model, "model.") if isinstance(model, TunerModel) else (model.base_model, "base_model.model.")
+    tuner, prefix = _rooted(model)
     tuner.known([adapter_name])
     saved = prefix
     biases = loose.of(tuner.model)[adapter_name].aside if adapter_name in loose.of(tuner.model) else {}

@@ -105,13 +105,14 @@ class TunerModel(nn.Module):
 
     def _put(self, name: str, config: PeftConfig, given: Adapter) -> None:
         whole = heads.chosen(self.model, config.modules_to_save or ())
-        live.attach(self.model, Adapter(given.sites, {}, given.meta, given.about), name=name, wrap=self.wrap)
+        sites_only = Adapter(given.sites, {}, given.meta, given.about)
+        live.attach(self.model, sites_only, name=name, wrap=self.wrap, copy=False)
         copies = heads.train_whole(self.model, name, whole)
         used = heads.load(copies, given.whole)
-        if biases := self._biases(config, copies):
-            loose.replace(self.model, name, {p: given.whole.get(p) for p in biases})
-        if lost := sorted(set(given.whole) - used - set(biases)):
-            raise Mismatch(f"{some(lost)} has no place: no setting of the adapter speaks of it")
+        biases = self._biases(config, copies)
+        others = {p: v for p, v in given.whole.items() if p not in used}
+        if biases or others:
+            loose.replace(self.model, name, {**dict.fromkeys(biases), **others})
 
     def _remove(self, name: str) -> None:
         heads.remove(self.model, name)
@@ -144,7 +145,7 @@ class TunerModel(nn.Module):
             for copy in (m.modules_to_save[name] for m in heads.of(self.model).values() if name in m.names()):
                 copy.requires_grad_(requires_grad)
             for path in loose.of(self.model)[name].aside if name in loose.of(self.model) else ():
-                self.model.get_parameter(path).requires_grad_(requires_grad)
+                self.model.get_parameter(path).requires_grad_(requires_grad and path.rpartition(".")[2] == "bias")
 
     def set_adapter(self, adapter_name: str | Collection[str], inference_mode: bool = False) -> None:
         """Choose the adapters that act, in order; they train, unless inference_mode, and the others do not."""

@@ -38,19 +38,21 @@ class LoRA(Tuner):
 
     def init(self, base: Any) -> Params:
         """A: uniform as Linear's weight, B: zero; on an embedding A is zero and B normal, as it was introduced."""
+        import torch
         from torch import nn
 
-        W = base.weight.detach().float()
+        W = base.weight.detach()
+        like = W.new_empty(0, dtype=torch.float32)
         if self.embedding:
-            return {"A": W.new_zeros(self.r, W.shape[0]), "B": nn.init.normal_(W.new_empty(W.shape[1], self.r))}
+            return {"A": like.new_zeros(self.r, W.shape[0]), "B": nn.init.normal_(like.new_empty(W.shape[1], self.r))}
         if W.ndim > 2:
             if getattr(base, "groups", 1) != 1:
                 raise Mismatch(f"LoRA on a convolution with {base.groups} groups has no merged weight")
-            A = W.new_empty(self.r, *W.shape[1:])
-            B = W.new_zeros(W.shape[0], self.r, *[1] * (W.ndim - 2))
+            A = like.new_empty(self.r, *W.shape[1:])
+            B = like.new_zeros(W.shape[0], self.r, *[1] * (W.ndim - 2))
         else:
             into, out = W.shape if self.transposed else W.shape[::-1]
-            A, B = W.new_empty(self.r, into), W.new_zeros(out, self.r)
+            A, B = like.new_empty(self.r, into), like.new_zeros(out, self.r)
         return {"A": nn.init.kaiming_uniform_(A, a=math.sqrt(5)), "B": B}
 
     def weight(self, W: Array, p: Params) -> Array:

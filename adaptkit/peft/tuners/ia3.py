@@ -15,9 +15,9 @@ class IA3Layer(Slotted):
 
     slots: ClassVar[dict[str, tuple[str, str]]] = {"l": ("ia3_l", "")}
 
-    def add(self, name: str, site: Site) -> None:
+    def add(self, name: str, site: Site, copy: bool = True) -> None:
         self.tuners[name] = site.tuner  # the shape depends on it
-        super().add(name, site)
+        super().add(name, site, copy)
 
     def put(self, name: str, params: Any) -> None:
         W, scaled = self.bare().weight, self.tuners[name].feedforward

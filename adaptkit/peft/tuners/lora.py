@@ -182,6 +182,7 @@ class MultiheadAttention(LoraLayer):
             for layer in (out, self):
                 layer.update_layer(adapter_name, r, lora_alpha, config, **settings)
                 layer.set_adapter(adapter_name)
+            out.tuners[adapter_name] = twice(out.tuners[adapter_name])
 
 
 class ParamWrapper(LoraLayer):
@@ -196,6 +197,14 @@ class TokenAdapter(Slotted):
     """Rows of an embedding that train; `token_adapter` holds them, as in PEFT."""
 
     slots: ClassVar = {"rows": ("token_adapter.trainable_tokens_delta", "")}
+
+
+def twice(tuner: LoRA) -> LoRA:
+    """PEFT adds the update of an attention's output projection twice, in forward as in merge.
+
+    What was trained there, and reads what is trained here, has it so.
+    """
+    return replace(tuner, alpha=2 * tuner.alpha)
 
 
 LAYERS: dict[type[nn.Module], type[LoraLayer]] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import Usage, quoted
@@ -200,5 +199,4 @@ def _checked(name: str, box: nn.ModuleDict) -> None:
 
 def linear(weight: Tensor, bias: bool) -> nn.Linear:
     """An nn.Linear to hold a weight. weight: (out, in)"""
-    with torch.device("meta"):
-        return nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
+    return nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias, device="meta")
