@@ -9,6 +9,7 @@ HOMES = {
     "Format": "formats.base", "Select": "select", "Tuner": "tuners.base", "registry": "registry",
     "Checkpoint": "store.checkpoint", "open_checkpoint": "store.checkpoint", "read": "formats.base",
     "LoRA": "tuners.lora", "DoRA": "tuners.dora", "IA3": "tuners.ia3",
+    "PromptTuning": "tuners.virtual", "PTuning": "tuners.virtual", "PrefixTuning": "tuners.virtual",
     "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
     "attach": "live.attach", "detach": "live.attach", "write": "formats.base", "live": "live",
     "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",

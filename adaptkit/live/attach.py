@@ -14,7 +14,7 @@ from ..errors import Mismatch, quoted, some
 from ..select import Select
 from ..store.arrays import load
 from ..tuners.base import Tuner
-from . import loose
+from . import loose, tokens
 from .adapted import Adapted, Read
 from .replaced import Replaced
 from .tied import Tied, other_end
@@ -48,6 +48,11 @@ def attach(
         raise Mismatch(
             f"an adapter named {quoted(name)!r} is attached already", hint="detach it, or choose another name"
         )
+    if tokens.meant(tuner):
+        if freeze:
+            _freeze(model)
+        tokens.stand(model, tuner, name)
+        return [""]
     adapter = tuner if isinstance(tuner, Adapter) else Adapter(_fresh(model, tuner, select))
     sites = _given(model, adapter) if adapter is tuner else adapter.sites
     if freeze:
@@ -70,6 +75,11 @@ def detach(model: nn.Module, name: str = "default") -> Adapter:
     if name not in attached(model):
         there = some(sorted(attached(model))) or "none"
         raise Mismatch(f"no adapter named {quoted(name)!r} is attached; there are: {there}")
+    if (here := tokens.standing(model)) and name in here.names():
+        adapter = tokens.leave(model, name)
+        if not attached(model):
+            _thaw(model)
+        return adapter
     stands = adapted_modules(model)
     modules = {path: m for path, m in stands.items() if name in m.tuners and not isinstance(m, Tied)}
     if inside := [p for p, m in modules.items() if name in m.merged_adapters]:
@@ -103,7 +113,7 @@ def _drop(model: nn.Module, empty: Collection[Adapted]) -> None:
 
 def attached(model: nn.Module) -> set[str]:
     """The names of the adapters on a model."""
-    return {n for m in wrappers(model) for n in m.names()} | set(loose.of(model))
+    return {n for m in carriers(model) for n in m.names()} | set(loose.of(model))
 
 
 def set_active(model: nn.Module, names: str | Collection[str]) -> None:
@@ -112,7 +122,7 @@ def set_active(model: nn.Module, names: str | Collection[str]) -> None:
     there = attached(model)
     if lost := [n for n in names if n not in there]:
         raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
-    for module in wrappers(model):
+    for module in carriers(model):
         module.active = [n for n in names if n in module.names()]
     loose.act(model, names)
 
@@ -120,7 +130,7 @@ def set_active(model: nn.Module, names: str | Collection[str]) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it runs without its adapters. What is merged stays merged."""
-    modules = wrappers(model)
+    modules = carriers(model)
     before, acted = [m.enabled for m in modules], loose.acting(model)
     enable(model, False)
     try:
@@ -133,7 +143,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def enable(model: nn.Module, enabled: bool, active: Collection[str] = ()) -> None:
     """Let the active adapters act, or none.    active: names whose outright replacements act."""
-    for module in wrappers(model):
+    for module in carriers(model):
         module.enabled = enabled
     loose.act(model, active if enabled else ())
 
@@ -152,6 +162,8 @@ def by_rows(
         raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
     if len(set(names)) > 1 and (whole := sorted(set(loose.of(model)) & {*names, *loose.acting(model)})):
         raise Mismatch(f"{some(whole)} replaces tensors of the model, which cannot differ in a batch")
+    if (here := tokens.standing(model)) and here.active:
+        raise Mismatch("virtual tokens are active, which cannot differ in a batch", hint="set_active without them")
     modules = wrappers(model)
     if merged := sorted({n for m in modules for n in m.merged_adapters}):
         raise Mismatch(f"{some(merged)} is merged into the weights", hint="unmerge it first")
@@ -185,6 +197,12 @@ def tree(model: nn.Module) -> Iterator[tuple[str, list[Wrapper], nn.Module]]:
 def wrappers(model: nn.Module) -> list[Wrapper]:
     """The wrappers of a model."""
     return [wrapper for _, around, _ in tree(model) for wrapper in around]
+
+
+def carriers(model: nn.Module) -> list[Wrapper | tokens.Standing]:
+    """All that carries adapters: the wrappers, and the virtual tokens of the model itself."""
+    here = tokens.standing(model)
+    return [*wrappers(model), *([here] if here else [])]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
@@ -336,6 +354,8 @@ def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in wrappers(model):
         mine = {id(p) for p in module.bare().parameters()}
         yield from (p for p in module.parameters() if id(p) not in mine)
+    if here := tokens.standing(model):
+        yield from here.parameters()
 
 
 def _thaw(model: nn.Module) -> None:

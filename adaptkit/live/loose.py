@@ -43,7 +43,7 @@ def replace(model: nn.Module, name: str, values: Mapping[str, Tensor | None], tr
 
     Raises Mismatch for a path that is no parameter of the model, a shape that differs, or two adapters on one parameter.
     """
-    made = Loose()
+    made, seen = Loose(), dict[int, str]()
     for path, value in values.items():
         parameter = _parameter(model, path)
         if taken := [n for n, other in of(model).items() if path in other.aside and n != name]:
@@ -51,10 +51,17 @@ def replace(model: nn.Module, name: str, values: Mapping[str, Tensor | None], tr
         if value is not None and value.shape != parameter.shape:
             hint = "resize its embeddings first" if parameter.ndim == 2 else ""
             raise Mismatch(f"{quoted(path)} is {list(value.shape)}, the model has {list(parameter.shape)}", hint=hint)
-        made.aside[path] = parameter.data.clone() if value is None else value.to(parameter.dtype)
+        value = parameter.data.clone() if value is None else value.to(parameter.dtype)
+        if (twin := seen.get(id(parameter))) is None:
+            seen[id(parameter)], made.aside[path] = path, value
+        elif not torch.equal(made.aside[twin], value):
+            raise Mismatch(
+                f"{quoted(twin)} and {quoted(path)} are one tensor of this model, and the adapter holds two",
+                hint="merge it on files, where they become two",
+            )
     of(model)[name] = made
     made.swap(model, True)
-    for path in values:
+    for path in made.aside:
         model.get_parameter(path).requires_grad_(trains)
 
 

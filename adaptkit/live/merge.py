@@ -13,6 +13,7 @@ from . import loose, sums
 from .adapted import Adapted
 from .attach import FLAG, adapted_modules, attached, detach
 from .tied import Tied
+from .tokens import standing
 
 KEPT = "_adaptkit_before"
 Values = dict[str, nn.Parameter]
@@ -40,6 +41,9 @@ def merge(
     there = attached(model)
     if lost := [n for n in wanted or () if n not in there]:
         raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
+    if (here := standing(model)) and (virtual := [n for n in wanted or here.active if n in here.names()]):
+        hint = "detach it, or name the others; adaptkit merge puts prompts into a checkpoint"
+        raise Mismatch(f"{some(virtual)} is made of virtual tokens, which no weight holds", hint=hint)
     chosen = {path: _chosen(path, module, wanted) for path, module in modules.items()}
     chosen = {path: mine for path, mine in chosen.items() if mine}
     with torch.no_grad():

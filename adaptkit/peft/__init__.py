@@ -1,4 +1,4 @@
-"""The names people know: code written for PEFT runs with only the import changed. LoRA, rsLoRA, DoRA and (IA)^3."""
+"""The names people know: code written for PEFT runs with only the import changed. Adapters in weights, and virtual tokens."""
 
 from . import tuners
 from .auto import (
@@ -16,9 +16,21 @@ from .model import (
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
     PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
     get_peft_model,
 )
+from .prompts.config import (
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
+from .prompts.encoders import PrefixEncoder, PromptEmbedding, PromptEncoder
 from .state import get_peft_model_state_dict, set_peft_model_state_dict
 from .tuner import IA3Model, LoraModel
 from .tuners import lora
@@ -43,8 +55,20 @@ __all__ = [
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
     "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
+    "PrefixEncoder",
+    "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",

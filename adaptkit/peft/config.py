@@ -38,7 +38,9 @@ class PeftConfig:
     ) -> PeftConfig:
         """The settings of a saved adapter, as the class of their kind."""
         raw = read_config(folder_of(pretrained_model_name_or_path, subfolder, hub) / CONFIG)
-        kinds = {"LORA": LoraConfig, "IA3": IA3Config}
+        from .prompts.config import CONFIGS  # which stands on this file
+
+        kinds = {"LORA": LoraConfig, "IA3": IA3Config} | {k.value: v for k, v in CONFIGS.items()}
         if raw["peft_type"] not in kinds:
             raise Mismatch(f"peft_type {quoted(raw['peft_type'])} is not there yet; {' and '.join(kinds)} are")
         kind = kinds[raw["peft_type"]]

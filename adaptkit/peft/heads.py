@@ -94,6 +94,12 @@ def keep(model: nn.Module, names: Collection[str]) -> None:
         homes.put(module, module.acting(list(names)))
 
 
+def activate(model: nn.Module, names: Collection[str]) -> None:
+    """Let the copies of these adapters act, or the modules that were there."""
+    for module in of(model).values():
+        module.active = [n for n in names if n in module.names()]
+
+
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter's copies off."""
     homes = Homes(model)

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
+from ..formats.base import read
 from ..live.attach import by_rows
+from ..live.virtual import cache
 from .config import PeftConfig
 from .files import WEIGHTS, folder_of, grown, placed
 from .kinds import PeftType, TaskType
+from .prompts.tuner import Prompts
 from .saved import missing, trained
 from .state import LoadResult, get_peft_model_state_dict
 from .tuner import MODELS, TunerModel
@@ -45,17 +49,35 @@ class PeftModel(nn.Module):
         if isinstance(model, (PeftModel, TunerModel)):
             raise Mismatch("this model carries adapters already", hint="add_adapter and load_adapter put on more")
         _float32(model, autocast_adapter_dtype)
-        kind = MODELS[PeftType(peft_config.peft_type)]
-        self.base_model = kind(model, peft_config, adapter_name, adapter=adapter)
+        if peft_config.is_prompt_learning:
+            self._with_prompts(model, peft_config, adapter_name, adapter)
+        else:
+            kind = MODELS[PeftType(peft_config.peft_type)]
+            self.base_model = kind(model, peft_config, adapter_name, adapter=adapter)
         if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient gives its adapters none
+
+    def _with_prompts(self, model: nn.Module, config: PeftConfig, name: str, adapter: Adapter | None) -> None:
+        """Virtual tokens stand beside the model, not in it: base_model is the model, as PEFT has it."""
+        self.prompt_encoder = nn.ModuleDict()
+        self._prompts = Prompts(model, PeftType(config.peft_type), self.prompt_encoder)
+        self.base_model = model
+        self.tuner.inject(name, config, adapter)
+        self.tuner.set_adapter(name, config.inference_mode)
+
+    @property
+    def tuner(self) -> TunerModel | Prompts:
+        """What puts adapters on and takes them off."""
+        return self.__dict__.get("_prompts") or self.base_model
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            if name in ("base_model", "prompt_encoder"):
                 raise
+            if name in WITHOUT_WEIGHTS and "_prompts" in self.__dict__:
+                return getattr(self._prompts, name, None) or partial(_no_weights, name)
             return getattr(self.base_model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,9 +115,9 @@ class PeftModel(nn.Module):
         folder = folder_of(model_id, subfolder, hub)
         settings = _settings(folder, is_trainable, config)
         kind = CLASSES.get(settings.task_type, PeftModel) if cls is PeftModel else cls
-        adapter = trained(model, folder, settings)
+        adapter = _trained(model, settings, folder)
         made = kind(model, settings, adapter_name, autocast_adapter_dtype, adapter=adapter)
-        missing(model, settings, adapter)
+        _missing(model, settings, adapter)
         return made if is_trainable else made.eval()
 
     def load_adapter(
@@ -116,13 +138,13 @@ class PeftModel(nn.Module):
         _float32(self.get_base_model(), autocast_adapter_dtype)
         folder = folder_of(model_id, subfolder, hub)
         settings = _settings(folder, is_trainable, None)
-        adapter = trained(self.get_base_model(), folder, settings)
-        self.base_model.inject(adapter_name, settings, adapter)
+        adapter = _trained(self.get_base_model(), settings, folder)
+        self.tuner.inject(adapter_name, settings, adapter)
         if is_trainable:
             self.set_requires_grad(adapter_name)
         else:
             self.eval()
-        return LoadResult(missing(self.get_base_model(), settings, adapter), [])
+        return LoadResult(_missing(self.get_base_model(), settings, adapter), [])
 
     def save_pretrained(
         self,
@@ -137,7 +159,7 @@ class PeftModel(nn.Module):
         if not safe_serialization:
             raise Mismatch("adapters are written as safetensors only", hint="leave safe_serialization=True")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        self.known(names)
+        self.tuner.known(names)
         for name in names:
             config = self.peft_config[name]
             base = config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
@@ -162,41 +184,68 @@ class PeftModel(nn.Module):
         """One more adapter, fresh; set_adapter makes it act and train."""
         _float32(self.get_base_model(), autocast_adapter_dtype)
         _told(self.get_base_model(), peft_config)
-        self.base_model.inject(adapter_name, peft_config)
+        self.tuner.inject(adapter_name, peft_config)
 
     def set_adapter(self, adapter_name: str | Collection[str], inference_mode: bool = False) -> None:
         """Choose the adapter that acts and trains, or several."""
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self.tuner.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them."""
+        self.tuner.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off for good."""
-        self.base_model.delete_adapter(adapter_name)
+        self.tuner.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The model as it is without adapters."""
-        with self.base_model.disabled():
+        with self.tuner.disabled():
             yield
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The embeddings of the model's tokens."""
+        return self.get_base_model().get_input_embeddings()
+
+    def get_prompt(self, batch_size: int, task_ids: Any = None, max_cache_len: int | None = None) -> Any:
+        """What virtual tokens put before a batch: embeddings (batch, rows, width), or a cache of keys and values."""
+        acting = self._prompts_only("get_prompt").acting()
+        if acting is None:
+            raise Mismatch("no adapter is active")
+        if acting.name == "prefix":
+            return cache(self.get_base_model(), acting, batch_size)
+        return acting.rows().expand(batch_size, -1, -1)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The rows that save_pretrained writes: what the encoder makes of them, without the noise of a dropout."""
+        return self._prompts_only("get_prompt_embedding_to_save").to_save(adapter_name)
+
+    def _prompts_only(self, what: str) -> Prompts:
+        if "_prompts" not in self.__dict__:
+            raise Mismatch(f"{what} is about virtual tokens, this model carries {self.peft_type.value}")
+        return self._prompts
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Settings by adapter name."""
-        return self.base_model.peft_config
+        return self.tuner.peft_config
 
     @property
     def peft_type(self) -> PeftType:
         """The kind of the adapters."""
-        return self.base_model.peft_type
+        return self.tuner.peft_type
 
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that act, in order."""
-        return list(self.base_model.active_adapters)
+        return list(self.tuner.active_adapters)
 
     @property
     def active_adapter(self) -> str | list[str]:
         """The adapter that acts; a list when several do."""
-        return self.base_model.active_adapter
+        return self.tuner.active_adapter
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -207,7 +256,7 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The model that carries the adapters."""
-        return self.base_model.model
+        return self.tuner.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers train, of how many."""
@@ -275,10 +324,78 @@ class PeftModelForFeatureExtraction(PeftModel):
         return super().forward(**{k: v for k, v in named.items() if v is not None}, **kwargs)
 
 
+class _WithHead(PeftModel):
+    """A model whose head is trained whole, beside the adapter."""
+
+    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any):
+        self._headed(peft_config)
+        super().__init__(model, peft_config, *args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """One more adapter and head, fresh; set_adapter makes them act and train."""
+        self._headed(peft_config)
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    def _headed(self, config: PeftConfig) -> None:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        token_type_ids: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "token_type_ids": token_type_ids,
+        }
+        return super().forward(**{k: v for k, v in named.items() if v is not None}, **kwargs)
+
+
+class PeftModelForSequenceClassification(_WithHead):
+    """A classifier of texts with adapters."""
+
+
+class PeftModelForTokenClassification(_WithHead):
+    """A classifier of tokens with adapters."""
+
+
+class PeftModelForQuestionAnswering(_WithHead):
+    """A model that finds the place of an answer, with adapters."""
+
+    heads = ("qa_outputs",)
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        named = {"position_ids": position_ids, "start_positions": start_positions, "end_positions": end_positions}
+        kwargs |= {k: v for k, v in named.items() if v is not None}
+        return super().forward(input_ids, attention_mask, inputs_embeds, None, token_type_ids, **kwargs)
+
+
 CLASSES: dict[TaskType | None, type[PeftModel]] = {
     TaskType.CAUSAL_LM: PeftModelForCausalLM,
     TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
 }
 
 
@@ -313,6 +430,31 @@ def _for_file(config: PeftConfig, model: nn.Module, base: str | None) -> PeftCon
     kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     mapping = kind if config.task_type is None else config.auto_mapping
     return replace(config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping)
+
+
+def _trained(model: nn.Module, settings: PeftConfig, folder: Path) -> Adapter:
+    if not settings.is_prompt_learning:
+        return trained(model, folder, settings)
+    if not settings.inference_mode and (
+        settings.peft_type is PeftType.P_TUNING or getattr(settings, "prefix_projection", False)
+    ):
+        warnings.warn("the encoder is not in the folder, so its rows are trained themselves", AdaptKitWarning)
+    return read(folder, "peft")
+
+
+def _missing(model: nn.Module, settings: PeftConfig, adapter: Adapter) -> list[str]:
+    return [] if settings.is_prompt_learning else missing(model, settings, adapter)
+
+
+# what only adapters in weights can do
+WITHOUT_WEIGHTS = ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload", "add_weighted_adapter")
+
+
+def _no_weights(name: str, *args: Any, **kwargs: Any) -> None:
+    raise Mismatch(
+        f"{name} is not for virtual tokens: no weight holds them",
+        hint="adaptkit merge puts prompt tuning and P-tuning into a checkpoint; a prefix is exported to ONNX",
+    )
 
 
 def _settings(folder: Path, is_trainable: bool, given: PeftConfig | None) -> PeftConfig:

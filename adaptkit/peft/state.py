@@ -46,6 +46,8 @@ def get_peft_model_state_dict(
     save_embedding_layers: True adds the model's embedding and output head; "auto" does not.
     """
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    if prompts := model.__dict__.get("_prompts"):
+        return prompts.tensors(adapter_name) if state_dict is None else prompts.tensors_of(adapter_name, state_dict)
     found = {}
     for part in [*parts(model, adapter_name), *(ends(model) if save_embedding_layers is True else ())]:
         if state_dict is not None and part.ours not in state_dict:
@@ -63,6 +65,8 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
     """Copy tensors into an adapter, in place; what is missing or left over is returned, and warned of."""
+    if prompts := model.__dict__.get("_prompts"):
+        return _reported(LoadResult(*prompts.set_tensors(adapter_name, peft_model_state_dict)))
     wanted = {p.name: p for p in parts(model, adapter_name)}
     fitting = {}
     for name, part in wanted.items():
@@ -74,10 +78,14 @@ def set_peft_model_state_dict(
     with torch.no_grad():
         for name, given in fitting.items():
             wanted[name].value.copy_(given)
-    result = LoadResult([n for n in wanted if n not in fitting], [n for n in peft_model_state_dict if n not in wanted])
+    left = [n for n in peft_model_state_dict if n not in wanted]
+    return _reported(LoadResult([n for n in wanted if n not in fitting], left))
+
+
+def _reported(result: LoadResult) -> LoadResult:
     for names, what in ((result.missing_keys, "not loaded"), (result.unexpected_keys, "not used")):
         if names:
-            warnings.warn(f"{len(names)} tensors were {what}: {some(names)}", AdaptKitWarning, stacklevel=2)
+            warnings.warn(f"{len(names)} tensors were {what}: {some(names)}", AdaptKitWarning, stacklevel=3)
     return result
 
 

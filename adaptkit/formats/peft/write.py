@@ -1,4 +1,4 @@
-"""Writing PEFT adapters: one LoRA or IA3 per folder, exact module paths, patterns where sites differ."""
+"""Writing PEFT adapters: one LoRA, IA3 or set of virtual tokens per folder, exact module paths, patterns where sites differ."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ...store.arrays import load
 from ...store.disk import write_all
 from ...store.output import Output
 from ...store.safetensors import header
+from .build import VIRTUAL
 from .keys import PREFIX
 
 LORAS = ("lora", "dora")
@@ -28,9 +29,10 @@ def write(adapter: Adapter, path: Path) -> None:
 
     Raises Mismatch for what PEFT's format cannot hold, Usage when the folder is not empty.
     """
-    config, tensors = _lora(adapter) if _kind(adapter) == "LORA" else _ia3(adapter)
+    kind = _kind(adapter)
+    config, tensors = {"LORA": _lora, "IA3": _ia3}.get(kind, _virtual)(adapter)
     for name, value in adapter.whole.items():
-        tensors[PREFIX + name] = load(value, np.dtype("f4"))
+        tensors[(PREFIX if kind in ("LORA", "IA3") else "base_model.") + name] = load(value, np.dtype("f4"))
     modules = sorted({n.rpartition(".")[0] for n in adapter.whole})
     config |= {"modules_to_save": modules or None, "base_model_name_or_path": adapter.meta.get("base") or None}
     config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
@@ -39,13 +41,16 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def _kind(adapter: Adapter) -> str:
     kinds = Counter(s.tuner.name for s in adapter.sites.values())
+    if set(adapter.sites) == {""} and set(kinds) <= set(VIRTUAL.values()):
+        return "virtual"
     tuners = set(kinds) - {"tokens"}
     if tuners <= {"ia3"} and tuners:
         return "IA3"
     if len(tuners) <= 1 and tuners <= set(LORAS) and "" not in adapter.sites:
         return "LORA"
     raise Mismatch(
-        f"PEFT's format holds one LoRA, DoRA or IA3 here, not {some(sorted(kinds))}", hint="write them apart"
+        f"PEFT's format holds one LoRA, DoRA, IA3 or set of virtual tokens here, not {some(sorted(kinds))}",
+        hint="write them apart",
     )
 
 
@@ -113,6 +118,17 @@ def _name(path: str, site: Site, letter: str) -> str:
 
 def _shaped(letter: str, value: np.ndarray) -> np.ndarray:
     return value.reshape(-1) if letter == "c" else value
+
+
+def _virtual(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
+    """Dimensions that are left out are the model's. PEFT halves the rows of an encoder-decoder, unless it is told not to."""
+    site = adapter.sites[""]
+    kind = next(k for k, v in VIRTUAL.items() if v == site.tuner.name)
+    P, n = load(site.params["P"], np.dtype("f4")), site.tuner.tokens
+    config: dict[str, Any] = {"peft_type": kind, "num_virtual_tokens": n}
+    if site.tuner.name != "prefix":
+        config["num_transformer_submodules"] = len(P) // n
+    return config, {"prompt_embeddings": P}
 
 
 def _ia3(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
