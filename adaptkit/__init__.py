@@ -11,6 +11,7 @@ HOMES = {
     "LoRA": "tuners.lora", "DoRA": "tuners.dora", "IA3": "tuners.ia3",
     "PromptTuning": "tuners.virtual", "PTuning": "tuners.virtual", "PrefixTuning": "tuners.virtual",
     "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
+    "extract": "verbs.extract",
     "attach": "live.attach", "detach": "live.attach", "write": "formats.base", "live": "live",
     "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
 }  # fmt: skip

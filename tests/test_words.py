@@ -41,7 +41,7 @@ CONTRACT = {  # the options that people were promised
     "push": "private revision create-pr",
     "plugins": "",
 }
-NOT_YET = {"inspect": {"plot"}}  # promised, and not there: to be emptied
+NOT_YET: dict[str, set[str]] = {}  # promised, and not there: to be emptied
 LIGHT = {
     "--help": ["--help"],
     "merge --help": ["merge", "--help"],

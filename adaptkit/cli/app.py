@@ -20,6 +20,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base model, on files.",
     "unmerge": "Take adapters out of a merged model, on files.",
     "verify": "Say whether a model is the merge of adapters into a base, by computing it again.",
+    "extract": "Extract a LoRA from a fine-tuned model and its base, on files.",
     "inspect": "Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.",
     "targets": "Show which modules of a model a selection hits.",
     "plugins": "List the installed tuners and formats.",

@@ -1,19 +1,26 @@
-"""inspect: what an adapter is, from its settings and headers. No torch, and no numbers are read."""
+"""inspect: what an adapter is, from its settings and headers; of several, how far they overlap, from their factors.
+
+No torch. Numbers are read only to compare or to draw.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..errors import AdaptKitError
+from ..errors import AdaptKitError, Usage
 from ..formats.base import read
 from ..select import layer
 from ..store.arrays import dtype_of, shape_of
-from ..store.checkpoint import open_checkpoint
+from ..store.checkpoint import open_checkpoint, warn
 from ..store.entry import BITS, Entry
+from . import heatmap
+from .inputs import Source
+from .similarity import Compared, compared, norms, unknown
 
 
 @dataclass
@@ -41,18 +48,52 @@ class Inspected:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def inspect(path: str | Path) -> Inspected:
+def inspect(paths: Source | Sequence[Source], *, plot: str | Path | None = None) -> Inspected | Compared:
     """Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.
 
-    path: an adapter's folder or file; of a model, its tensors are summed up. Raises as reading the format does.
+    paths: an adapter's folder or file; of a model, its tensors are summed up. Of two or more adapters, how far their
+    updates overlap: cosines, norms and principal angles, site by site and in all, from the factors alone.
+    plot: a picture to draw, layers by modules: the norm of the update, or, of several adapters, the cosine of each pair.
+
+    Raises as reading the format does; Usage and Mismatch when the picture cannot be drawn.
     """
+    given = [paths] if isinstance(paths, str | Path | Adapter) else list(paths)
+    if not given:
+        raise Usage("no adapter was given", where="PATH")
+    file = heatmap.checked(plot) if plot is not None else None
+    if len(given) > 1:
+        return _compared([p if isinstance(p, Adapter) else read(Path(p)) for p in given], file)
+    path = given[0]
     try:
-        adapter = read(Path(path))
+        adapter = path if isinstance(path, Adapter) else read(Path(path))
     except AdaptKitError as e:
-        if "this is a model" in e.message:
+        if "this is a model" in e.message and file is None:
             return _model(Path(path))
         raise
-    return _adapter(Path(path), adapter)
+    if file is not None:
+        _drawn(adapter, file)
+    return _adapter(Path(adapter.meta.get("path", "")) if path is adapter else Path(path), adapter)
+
+
+def _compared(adapters: list[Adapter], file: Path | None) -> Compared:
+    found = compared(adapters)
+    if file is not None:
+        panels = [(f"{Path(p.adapters[0]).name} and {Path(p.adapters[1]).name}", {s.name: s.cosine for s in p.sites}) for p in found.pairs]  # fmt: skip
+        if not any(values for _, values in panels):
+            lost = [p.uncompared for p in found.pairs if p.uncompared]
+            why = unknown(lost[0]) if lost else "they change no module in common"
+            raise Usage(f"there is nothing to draw: {why}", where="--plot")
+        heatmap.draw([p for p in panels if p[1]], file, signed=True)
+    return found
+
+
+def _drawn(adapter: Adapter, file: Path) -> None:
+    found, lost = norms(adapter)
+    if lost:
+        warn(f"drawn without what has no update of its own: {unknown(lost)}")
+    if not found:
+        raise Usage("no site of the adapter can be drawn", where="--plot")
+    heatmap.draw([(f"|D| of {Path(adapter.meta.get('path', 'adapter')).name}", found)], file, signed=False)
 
 
 def _adapter(path: Path, adapter: Adapter) -> Inspected:

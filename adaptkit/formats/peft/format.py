@@ -55,8 +55,8 @@ class Peft(Format):
         adapter.meta |= {f"peft:{k}": v for k, v in metadata.items()}
         return adapter
 
-    def write(self, adapter: Adapter, path: Path) -> None:
-        write(adapter, path)
+    def write(self, adapter: Adapter, path: Path, **how: Any) -> None:
+        write(adapter, path, **how)
 
 
 def _weights(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 
 from ...adapter import Adapter, Site
 from ...errors import Mismatch, quoted, some
-from ...store.arrays import load
+from ...store.arrays import dtype_of, load, rounded
 from ...store.disk import write_all
+from ...store.entry import Entry
 from ...store.output import Output
 from ...store.safetensors import header
 from .build import VIRTUAL
@@ -24,19 +26,40 @@ LORAS = ("lora", "dora")
 Tensors = dict[str, np.ndarray]
 
 
-def write(adapter: Adapter, path: Path) -> None:
-    """Write a folder with adapter_config.json and adapter_model.safetensors, float32, that appears whole.
+def write(adapter: Adapter, path: Path, *, dtype: str | None = None, **how: Any) -> None:
+    """Write a folder with adapter_config.json and adapter_model.safetensors that appears whole.
 
+    dtype: of the factors, as safetensors spells it; tensors replaced outright then keep theirs. All are float32 when it
+    is left out.     how: overwrite, inputs, beside and made, as `_save` takes them.
     Raises Mismatch for what PEFT's format cannot hold, Usage when the folder is not empty.
     """
     kind = _kind(adapter)
     config, tensors = {"LORA": _lora, "IA3": _ia3}.get(kind, _virtual)(adapter)
+    if dtype is not None:
+        tensors = {n: rounded(v, dtype) for n, v in tensors.items()}
+    prefix = PREFIX if kind in ("LORA", "IA3") else "base_model."
     for name, value in adapter.whole.items():
-        tensors[(PREFIX if kind in ("LORA", "IA3") else "base_model.") + name] = load(value, np.dtype("f4"))
-    modules = sorted({n.rpartition(".")[0] for n in adapter.whole})
+        whole = load(value, np.dtype("f4")) if dtype is None else value
+        tensors[prefix + _whole_name(adapter, name)] = whole
+    modules = sorted({n.rpartition(".")[0] for n in adapter.whole if not _is_loose(adapter, n)})
     config |= {"modules_to_save": modules or None, "base_model_name_or_path": adapter.meta.get("base") or None}
     config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
-    _save(path, config, tensors)
+    if any(_is_loose(adapter, n) for n in adapter.whole):
+        config["bias"] = adapter.about["bias"]
+    _save(path, config, tensors, **how)
+
+
+def _is_loose(adapter: Adapter, name: str) -> bool:
+    """Whether a tensor is a bias that the setting `bias` accounts for, and no part of a module that is saved whole."""
+    path, _, leaf = name.rpartition(".")
+    trained = adapter.about.get("bias", "none") != "none" and leaf == "bias"
+    return trained and (path in adapter.sites or f"{path}.weight" not in adapter.whole)
+
+
+def _whole_name(adapter: Adapter, name: str) -> str:
+    """A bias keeps its name, but the module that PEFT wraps around an adapted one comes between."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.base_layer.{leaf}" if _is_loose(adapter, name) and path in adapter.sites else name
 
 
 def _kind(adapter: Adapter) -> str:
@@ -146,23 +169,39 @@ def _ia3(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
-def _save(path: Path, config: dict[str, Any], tensors: Tensors) -> None:
-    arrays = {n: np.ascontiguousarray(tensors[n]) for n in sorted(tensors)}
-    head = header(((n, "F32", a.shape, a.nbytes) for n, a in arrays.items()), {"format": "pt"})
+def _save(
+    path: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, np.ndarray | Entry],
+    *,
+    overwrite: bool = False,
+    inputs: Collection[Path] = (),
+    beside: Collection[tuple[Path, str]] = (),
+    made: Mapping[str, Any] | None = None,
+) -> None:
+    """inputs: folders that the output must stay out of.   beside: (file, name) to copy.   made: for adaptkit.json."""
+    arrays = {n: tensors[n] for n in sorted(tensors)}
+    head = header(((n, dtype_of(a), a.shape, a.nbytes) for n, a in arrays.items()), {"format": "pt"})
     settings = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     size = len(head) + sum(a.nbytes for a in arrays.values())
     plan = hashlib.sha256(settings + head)
     for a in arrays.values():
-        plan.update(a)
-    with Output(path, plan=plan.hexdigest(), need=size + len(settings), files=2) as out:
+        plan.update(repr((a.file, a.offset)).encode() if isinstance(a, Entry) else np.ascontiguousarray(a).view("u1"))
+    need = size + len(settings) + sum(file.stat().st_size for file, _ in beside)
+    files, places = 2 + len(beside), {"inputs": inputs, "overwrite": overwrite}
+    with Output(path, plan=plan.hexdigest(), need=need, files=files, **places) as out:
         if not out.done("adapter_model.safetensors"):
             with out.file("adapter_model.safetensors", size) as fd:
                 write_all(fd, head, 0)
                 at = len(head)
                 for a in arrays.values():
-                    write_all(fd, memoryview(a.reshape(-1).view("u1")), at)
-                    at += a.nbytes
+                    raw = np.ascontiguousarray(load(a)).reshape(-1).view("u1")
+                    write_all(fd, memoryview(raw), at)
+                    at += raw.size
         if not out.done("adapter_config.json"):
             with out.file("adapter_config.json", len(settings)) as fd:
                 write_all(fd, settings, 0)
-        out.publish({"made": {"verb": "write", "format": "peft"}})
+        for file, name in beside:
+            if not out.done(name):
+                out.copy(file, name)
+        out.publish({"made": made or {"verb": "write", "format": "peft"}})

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: what the papers say, without adapters, files or models."""
