@@ -12,6 +12,7 @@ HOMES = {
     "PromptTuning": "tuners.virtual", "PTuning": "tuners.virtual", "PrefixTuning": "tuners.virtual",
     "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
     "extract": "verbs.extract",
+    "combine": "verbs.combine", "resize": "verbs.resize",
     "attach": "live.attach", "detach": "live.attach", "write": "formats.base", "live": "live",
     "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
 }  # fmt: skip

@@ -21,6 +21,8 @@ COMMANDS = {
     "unmerge": "Take adapters out of a merged model, on files.",
     "verify": "Say whether a model is the merge of adapters into a base, by computing it again.",
     "extract": "Extract a LoRA from a fine-tuned model and its base, on files.",
+    "combine": "Combine several adapters into one.",
+    "resize": "Give a LoRA another rank, keeping as much of its update as possible.",
     "inspect": "Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.",
     "targets": "Show which modules of a model a selection hits.",
     "plugins": "List the installed tuners and formats.",
