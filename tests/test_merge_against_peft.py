@@ -14,12 +14,13 @@ import adaptkit
 
 REFUSED = {
     "alora": "alora_invocation_tokens",
-    "prompt": "acts on activations",
-    "prefix": "acts on activations",
-    "ptuning": "acts on activations",
+    "prefix": "acts on activations; keep it as an adapter, or let adaptkit export-onnx carry it",
     "conv-grouped": "2 groups",
 }
-ADAPTERS = [pytest.param(p, id=f"{p.parent.name}-{p.name}") for p in adapter_folders() if p.name not in REFUSED]
+BAKED = ("prompt", "ptuning")  # outputs start with those of virtual tokens: see test_bake.py
+ADAPTERS = [
+    pytest.param(p, id=f"{p.parent.name}-{p.name}") for p in adapter_folders() if p.name not in (*REFUSED, *BAKED)
+]
 UNMERGEABLE = [pytest.param(p, id=f"{p.parent.name}-{p.name}") for p in adapter_folders() if p.name in REFUSED]
 
 

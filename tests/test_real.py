@@ -68,7 +68,7 @@ VIT = ("ViTConfig", {"image_size": 32, "intermediate_size": 64}, "AutoModelForIm
 FOREIGN = ("recognises it", 4)
 REFUSED = {
     "39": ("peft_type 'ADALORA' is not supported", 4),
-    "46": ("prompt has no weight to merge into: it acts on activations", 4),
+    "46": ("virtual tokens [12, 1536], the embedding transformer.wte.weight is [64, 16]", 4),
     "57": ("settings of MLX, not of PEFT", 4),
     **dict.fromkeys(("58", "61", "62", "63", "70", "71", "77", "84", "85"), FOREIGN),
     "82": ("holds no tensors", 3),
@@ -76,6 +76,7 @@ REFUSED = {
 
 # sample -> (its base, None when it merges, or words of the refusal)
 KIND, VIRTUAL = "is not supported (LORA", "has no weight to merge into: it acts on activations"
+BAKED = ""  # merges, and its outputs begin with those of the virtual tokens
 LLAMA, BIASED = "_base_llama", "_base_llama_attention_bias"
 PEFT_SAMPLES = {
     **dict.fromkeys(
@@ -85,7 +86,8 @@ PEFT_SAMPLES = {
         ("loha_conv", "lokr", "lokr_both", "multitask_prompt_tuning", "oft", "trainable_tokens"), (LLAMA, KIND)
     ),
     "vera": (LLAMA, KIND),
-    **dict.fromkeys(("p_tuning", "prefix_tuning", "prefix_tuning_proj", "prompt_tuning"), (LLAMA, VIRTUAL)),
+    **dict.fromkeys(("prefix_tuning", "prefix_tuning_proj"), (LLAMA, VIRTUAL)),
+    **dict.fromkeys(("p_tuning", "prompt_tuning"), (LLAMA, BAKED)),
     **dict.fromkeys(("ia3", "lora", "lora_bin", "lora_dora", "lora_embedding", "lora_embedding_noemb"), (LLAMA, None)),
     **dict.fromkeys(("lora_modules_to_save", "lora_rslora", "lora_trainable_tokens"), (LLAMA, None)),
     **dict.fromkeys(("lora_bias_all", "lora_bias_lora_only", "lora_lora_bias2"), (BIASED, None)),
@@ -386,6 +388,19 @@ def test_a_sample_merges_into_its_golden_outputs(name: str, tmp_path: Path):
     expected = np.load(PEFT / name / GOLDEN) if (PEFT / name / GOLDEN).exists() else _by_peft(base, PEFT / name)
     assert np.abs(expected - logits(base)).max() > 1e-4
     same(logits(tmp_path / "out"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:the base has no tokenizer")
+@pytest.mark.parametrize("name", [n for n, (_, refusal) in PEFT_SAMPLES.items() if refusal == BAKED])
+def test_a_sample_with_a_soft_prompt_merges_into_its_golden_outputs(name: str, tmp_path: Path):
+    """With the ids of the virtual tokens in front, the old rows of the vocabulary get PEFT's logits."""
+    import torch
+
+    merged = adaptkit.merge(PEFT / LLAMA, PEFT / name, tmp_path / "out")
+
+    with torch.no_grad():
+        got = opened(tmp_path / "out", CAUSAL)(torch.tensor([[*merged.virtual, 1, 5, 9, 3]])).logits.numpy()
+    same(got[..., : merged.virtual[0]], np.load(PEFT / name / GOLDEN))
 
 
 def _by_peft(base: Path, adapter: Path) -> np.ndarray:

@@ -51,11 +51,12 @@ def sentence(did: str, merged: Any) -> str:
     """One line of result."""
     which = "the update" if len(merged.lost) == 1 else "one adapter's update"
     lost = f", rounding ate {max(merged.lost):.1%} of {which}" if merged.lost else ""
+    ids = f", {len(merged.virtual)} virtual tokens in front" if merged.virtual else ""
     again = f", {merged.resumed} files were there already" if merged.resumed else ""
     speed = f"{merged.bytes / max(merged.seconds, 1e-9) / 1e9:.2f} GB/s"
     return (
         f"{did} {len(merged.changed)} of {merged.tensors} tensors into {merged.output} "
-        f"({words.human(merged.bytes)}, {merged.seconds:.1f} s, {speed}{lost}{again})"
+        f"({words.human(merged.bytes)}, {merged.seconds:.1f} s, {speed}{lost}{ids}{again})"
     )
 
 
@@ -83,6 +84,8 @@ def _rehearse(base: str, adapters: tuple[str, ...], output: Path, as_json: bool,
     click.echo(
         f"{found.changed} of {found.tensors} tensors would change; {words.human(found.copied)} would only be copied"
     )
+    if found.rewritten:
+        click.echo(f"soft prompt: {', '.join(found.rewritten)} would put its tokens before every text")
     click.echo(f"memory: at most {words.human(found.memory)}")
     room = "fits" if found.fits else "DOES NOT FIT"
     click.echo(

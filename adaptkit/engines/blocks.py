@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import registry
 from ..errors import AdaptKitError, Corrupt, System, quoted
-from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, working
+from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, shape_of, working
 from ..store.entry import Entry
 from .plan import Change, Target
 
@@ -198,6 +198,10 @@ class Tensor:
 
     def _base(self, W: np.ndarray, first: int, space: Workspace) -> None:
         source = self.target.source
+        if self.target.appended:
+            there = min(max(math.prod(shape_of(source)) - first, 0), len(W))
+            W[there:] = 0
+            W = W[:there]
         if isinstance(source, np.ndarray):
             np.copyto(W, source.reshape(-1)[first : first + len(W)], casting="unsafe")
             return
@@ -249,7 +253,7 @@ def looked(
     update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
     adapters = {c.adapter for c in target.changes}
     alone = {adapters.pop(): update} if len(adapters) == 1 else alone
-    return Look(target.name, first, update, lost, alone, not before.any())
+    return Look(target.name, first, update, lost, alone, not (before.any() or target.appended))
 
 
 def in_range(target: Target, values: np.ndarray, base: Callable[[], np.ndarray], allow: bool, space: Workspace) -> None:
@@ -321,7 +325,7 @@ def whole(target: Target, device: Any = None) -> np.ndarray:
     if not target.changes and isinstance(target.source, Entry) and target.source.dtype == target.dtype:
         return load(target.source)  # only laid out anew: no number may pass through another type
     dtype = working(target.dtype)
-    W = load(target.source, dtype).reshape(target.view).copy()
+    W = started(target, dtype).reshape(target.view).copy()
     for change in target.changes:
         start, stop = change.rows
         part = W[start:stop].reshape(change.shape)
@@ -332,6 +336,14 @@ def whole(target: Target, device: Any = None) -> np.ndarray:
             raise e.at(target.name) from None
         _blend(W[start:stop], np.asarray(changed).reshape(stop - start, -1), change.weight)
     return W.reshape(target.shape)
+
+
+def started(target: Target, dtype: np.dtype) -> np.ndarray:
+    """A tensor before its changes: the source, and zeros in the rows that are appended to it."""
+    source = load(target.source, dtype)
+    if not target.appended:
+        return source
+    return np.concatenate([source, np.zeros((target.appended, *source.shape[1:]), dtype)])
 
 
 def _by(change: Change, device: Any) -> Callable:

@@ -18,7 +18,7 @@ from ..store.conversions import Edge
 from ..store.entry import Entry
 from ..store.names import direct, locate, prefixes
 from ..store.quantised import refuse_quantised
-from . import checks, layout
+from . import checks, layout, soft
 from .ends import Ends
 from .orientation import square
 from .plan import Change, Plan, Target, addable, matrix, target
@@ -54,6 +54,7 @@ def draft(
     Raises Mismatch for the first thing that does not fit, before anything is written.
     """
     config = dict(checkpoint.config)
+    adapters, prompt = soft.split(adapters, weights)
     refuse_quantised(checkpoint)
     checks.config(checkpoint)
     entries, config = replicated(checkpoint.entries, config, adapters)
@@ -65,19 +66,25 @@ def draft(
     for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         try:
             _whole(d, adapter, weight)
-            _sites(d, adapter, weight, i)
+            if adapter.sites or prompt is None or prompt.index != i:
+                _sites(d, adapter, weight, i)
             checks.coverage(adapter, d.targets)
         except AdaptKitError as e:
             raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
-    _order(d)
+    if prompt is None:
+        _order(d)
     d.config = ends.grown(d.targets, d.config, adapters)
+    extras = ends.tokenizer(list(checkpoint.extras()))
+    texts, ids = {}, range(0)
+    if prompt is not None:
+        bake = soft.Bake(checkpoint, ends, prompt)
+        d.config, extras = bake.apply(d.targets, d.config, extras)
+        texts, ids = bake.texts, bake.ids
     if dtype and d.config:
         d.config = {**d.config, "dtype" if "dtype" in d.config else "torch_dtype": dtype}
     files = layout.files(checkpoint, d.targets, max_shard_size)
     new_config = d.config if d.config != checkpoint.config else None
-    extras = list(checkpoint.extras())
-    extras = ends.tokenizer(extras)
-    return Plan(checkpoint, files, new_config, extras, metadata=layout.metadata(checkpoint, files))
+    return Plan(checkpoint, files, new_config, extras, [], layout.metadata(checkpoint, files), texts, ids)
 
 
 def _whole(d: _Draft, adapter: Adapter, weight: float) -> None:

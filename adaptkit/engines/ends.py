@@ -163,7 +163,7 @@ class Ends:
         if len(set(ends.values())) > 1:
             sizes = " and ".join(f"{n} has {rows}" for n, rows in ends.items())
             raise Mismatch(f"the vocabulary would have two sizes: {sizes} rows", hint="save both ends with the adapter")
-        return _with_vocabulary(config, next(iter(ends.values())))
+        return with_vocabulary(config, next(iter(ends.values())))
 
     def _said_untied(self, targets: dict[str, Target], config: dict[str, Any]) -> dict[str, Any]:
         """The config, saying that the ends differ when they do: left out, some families take them for tied."""
@@ -221,7 +221,8 @@ def _labels(targets: dict[str, Target], config: dict[str, Any], adapters: Sequen
     return {**config, "id2label": names, "label2id": {v: int(k) for k, v in names.items()}}
 
 
-def _with_vocabulary(config: dict[str, Any], rows: int) -> dict[str, Any]:
+def with_vocabulary(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """config.json with a vocabulary of so many rows."""
     text = config.get("text_config")
     if isinstance(text, dict) and "vocab_size" in text:
         return {**config, "text_config": {**text, "vocab_size": rows}}

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ..store.arrays import load, rounded
+from ..store.arrays import rounded
 from ..store.disk import fd_is_direct, write_all
 from ..store.entry import Entry
 from ..store.output import Output
 from ..store.safetensors import header
-from .blocks import LIMITS, Survival, Tensor, Workspace, in_range, looked, whole
+from .blocks import LIMITS, Survival, Tensor, Workspace, in_range, looked, started, whole
 from .plan import Plan, Target
 
 BLOCK = 4 << 20  # bytes written at once
@@ -194,9 +194,9 @@ class _Spill:
         if target.dtype not in LIMITS:
             return exact
         stored = rounded(exact, target.dtype)
-        in_range(target, exact, lambda: load(target.source, exact.dtype), self.allow_nonfinite, self.space)
+        in_range(target, exact, lambda: started(target, exact.dtype), self.allow_nonfinite, self.space)
         if target.changes:
-            before = load(target.source, exact.dtype)
+            before = started(target, exact.dtype)
             self.space.looks.append(looked(target, 0, before.reshape(exact.shape), exact, stored, {}))
         return stored
 

@@ -112,6 +112,11 @@ class Target:
         )
 
     @property
+    def appended(self) -> int:
+        """Rows that the source does not have; they begin as zeros."""
+        return self.shape[0] - shape_of(self.source)[0] if self.shape else 0
+
+    @property
     def whole(self) -> bool:
         """Whether it must be computed at once, not in blocks of rows."""
         ready = isinstance(self.source, np.ndarray) or self.source.plain
@@ -123,7 +128,7 @@ class Plan:
     """What a merge writes.
 
     files: output file name -> its tensors, in order.   config: config.json as it will be, None when it stays.
-    extras: (file, name) copied beside the weights.
+    extras: (file, name) copied beside the weights.     texts: name -> content of files that a soft prompt changed.
     """
 
     checkpoint: Checkpoint
@@ -132,6 +137,8 @@ class Plan:
     extras: list[tuple[Path, str]]
     adapters: list[Path] = field(default_factory=list)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)  # of each output file
+    texts: dict[str, bytes] = field(default_factory=dict)
+    virtual: range = range(0)  # ids of the rows that a soft prompt became
     stamps: Stamps = field(default_factory=dict)  # of every input, as it was when it was planned
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -151,7 +158,11 @@ class Plan:
     def need(self) -> int:
         """Bytes of disk while it is written: the output, and one file's tensors that are computed at once."""
         scratch = (sum(t.nbytes for t in targets if t.whole) for targets in self.files.values())
-        return self.nbytes + max(scratch, default=0) + sum(f.stat().st_size for f, _ in self.extras)
+        return self.nbytes + max(scratch, default=0) + self._beside
+
+    @property
+    def _beside(self) -> int:
+        return sum(f.stat().st_size for f, _ in self.extras) + sum(map(len, self.texts.values()))
 
     def fingerprint(self) -> str:
         """A hash of everything the output's bytes depend on: names and headers, sizes and times of inputs, options."""
@@ -163,6 +174,8 @@ class Plan:
             h.update(f"{name}\0{self.metadata.get(name)}\0".encode())
             for t in targets:
                 h.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{_source(t)}\0{[_summary(c) for c in t.changes]}\0".encode())
+        for name, raw in self.texts.items():
+            h.update(f"{name}\0{hashlib.sha256(raw).hexdigest()}\0".encode())
         h.update(json.dumps([self.config, self.options], sort_keys=True, default=str).encode())
         return h.hexdigest()
 

@@ -47,7 +47,7 @@ class Tuner(ABC):
         """The weight after adaptation, in the shape of W."""
         raise Mismatch(
             f"{self.name} has no weight to merge into: it acts on activations",
-            hint="keep it as an adapter, or export it to ONNX",
+            hint="keep it as an adapter, or let adaptkit export-onnx carry it",
         )
 
     def bias(self, b: Array, p: Params) -> Array:

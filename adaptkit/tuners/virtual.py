@@ -8,8 +8,10 @@ Prefix tuning, Li and Liang 2021, https://arxiv.org/abs/2101.00190     P: (token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .base import Tuner
+from ..errors import Mismatch
+from .base import Params, Tuner
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,14 @@ class PromptTuning(Tuner):
     """x' = [P; x]     P: (tokens, width)"""
 
     name = "prompt"
+    embeds: ClassVar[bool] = True  # P can be rows of the embedding, whose ids a tokenizer puts in front
 
     tokens: int = 8
+
+    def inverse(self, p: Params) -> tuple[Tuner, Params]:
+        raise Mismatch(
+            f"{self.name} cannot be taken out: its rows became a part of the vocabulary", hint="keep the base model"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,3 +41,4 @@ class PrefixTuning(PromptTuning):
     """K' = [P_k; K], V' = [P_v; V]     P: (tokens, 2 layers width)"""
 
     name = "prefix"
+    embeds: ClassVar[bool] = False  # keys and values of every layer, which no row of a checkpoint holds

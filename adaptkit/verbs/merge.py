@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import time
 import warnings
@@ -35,6 +36,7 @@ class Merged:
     """What a merge did.
 
     changed: names of the tensors that changed.    bytes: of weights written.    seconds: it took.
+    virtual: ids of the tokens that a soft prompt became.
     lost: share of the update's norm that rounding to the stored dtype ate, for each adapter.
     """
 
@@ -45,6 +47,7 @@ class Merged:
     seconds: float
     lost: list[float] = field(default_factory=list)
     resumed: int = 0
+    virtual: list[int] = field(default_factory=list)
 
 
 def merge(
@@ -163,6 +166,7 @@ def execute(
         _beside(plan, out)
         unchanged(plan.stamps)
         merged = Merged(output, [t.name for t in plan.changed], len(plan.targets), total, 0.0, resumed=out.resumed)
+        merged.virtual = list(plan.virtual)
         _survived(plan, local.survival, merged)
         out.publish(receipt(plan, merged))
     for text in local.warnings:
@@ -193,16 +197,21 @@ def _beside(plan: Plan, out: Output) -> None:
         if not out.done(name) and not (name == "config.json" and plan.config is not None):
             out.copy(source, name)
     if plan.config is not None:
-        _text(out, "config.json", plan.config)
+        _json(out, "config.json", plan.config)
+    for name, raw in plan.texts.items():
+        _text(out, name, raw)
     if table := layout.index(plan.files):
-        _text(out, layout.index_name(plan.checkpoint), table)
+        _json(out, layout.index_name(plan.checkpoint), table)
 
 
-def _text(out: Output, name: str, value: dict[str, Any]) -> None:
+def _json(out: Output, name: str, value: dict[str, Any]) -> None:
+    _text(out, name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _text(out: Output, name: str, raw: bytes) -> None:
     if out.done(name):
         return
-    raw = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-    with out.file(name, len(raw)) as fd:
+    with out.file(name, len(raw), sha256=hashlib.sha256(raw).hexdigest()) as fd:
         write_all(fd, raw, 0)
 
 
@@ -214,6 +223,7 @@ def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
         "base": Path(plan.checkpoint.path).name,
         "adapters": [p.name for p in plan.adapters],
         "plugins": _plugins(plan),
+        **({"virtual_tokens": [plan.virtual.start, plan.virtual.stop - 1]} if plan.virtual else {}),
         "changed": len(merged.changed),
         "lost_to_rounding": [round(x, 4) for x in merged.lost],
     }

@@ -19,6 +19,7 @@ from .merge import planned
 
 INTERPRETER = 70_000_000  # bytes that Python, NumPy and this package take before any work
 TORCH = 220_000_000
+TRANSFORMERS = 120_000_000  # and its tokenizer, beside torch
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Forecast:
     """What a merge would do.
 
     groups: tensors that change.     copied: bytes that are only copied.     bytes: of the output.
+    rewritten: files beside the weights that change, for a soft prompt.
     memory: peak bytes of memory.    free: bytes of disk.                    fits: whether the output has room.
     """
 
@@ -50,6 +52,7 @@ class Forecast:
     free: int
     fits: bool
     files: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
 
 
 def plan(
@@ -86,6 +89,7 @@ def forecast(found: Plan, output: Path, workers: int | None = None) -> Forecast:
         free=int(free),
         fits=found.need * 1.02 <= free,
         files=list(found.files),
+        rewritten=sorted(found.texts),
     )
 
 
@@ -107,6 +111,8 @@ def _pattern(name: str) -> str:
 def _what(t: Target) -> str:
     tuners = [f"{c.tuner.name} r={c.tuner.r}" if hasattr(c.tuner, "r") else c.tuner.name for c in t.changes]
     kinds = dict.fromkeys(([] if not t.replaced else ["replaced"]) + tuners)
+    if t.appended:
+        kinds = dict.fromkeys([*(k for k in kinds if k != "tokens"), f"{t.appended} rows appended"])
     more = f" x {len(t.changes)}" if len(t.changes) > len(kinds) else ""
     return " + ".join(kinds) + more
 
@@ -117,6 +123,7 @@ def _memory(found: Plan, workers: int) -> int:
     factors = max((sum(_factor_bytes(t) for t in ts) for ts in found.files.values()), default=0)
     whole = [t.nbytes * 12 for t in found.targets if t.whole]
     torch = TORCH if any(c.tuner.arrays == "torch" for t in found.targets for c in t.changes) else 0
+    torch = TORCH + TRANSFORMERS if found.virtual else torch
     return INTERPRETER + blocks + factors + max(whole, default=0) + torch
 
 

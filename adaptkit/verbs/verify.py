@@ -16,6 +16,7 @@ from ..errors import Corrupt, Mismatch, Usage, quoted, some
 from ..store.arrays import FLOATS, NUMPY, WORDS, working
 from ..store.checkpoint import Checkpoint, open_checkpoint, read_json, warn
 from ..store.entry import Entry
+from ..store.safepaths import read_small
 from .inputs import Source
 from .merge import check_pickles, planned
 
@@ -65,6 +66,7 @@ def verify(
     result = Verified(True, len(plan.targets), 0, 0, 0)
     for name in plan_difference(plan.targets, found):
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"
+    result.wrong |= _texts(plan.texts, found)
     names = _sampled(plan.targets, sample)
     total, done = sum(t.nbytes for t in plan.targets if t.name in names), 0
     space = Workspace()
@@ -104,6 +106,14 @@ def _dtype(found: Checkpoint, base: Checkpoint) -> str | None:
     before = {e.dtype for e in base.entries.values() if e.dtype in FLOATS}
     words = {v: k for k, v in WORDS.items()}
     return words[kinds.pop()] if len(kinds) == 1 and kinds != before and "F64" not in kinds else None
+
+
+def _texts(texts: dict[str, bytes], found: Checkpoint) -> dict[str, str]:
+    """Files beside the weights that are not what a soft prompt makes of them."""
+    there = {name: found.root / name for name in texts}
+    wrong = {name: "is missing" for name, file in there.items() if not file.is_file()}
+    differ = [n for n, file in there.items() if n not in wrong and read_small(file, 1 << 30) != texts[n]]
+    return wrong | dict.fromkeys(differ, "is not what merging writes")
 
 
 def plan_difference(targets: Sequence[Target], found: Checkpoint) -> list[str]:
