@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..live import loose
 from ..live.attach import enable, unwrapped
-from . import heads, sites
+from . import combining, heads, sites
 from .config import PeftConfig
 from .files import checked_name
 from .kinds import PeftType
@@ -258,12 +258,49 @@ class LoraModel(TunerModel):
     peft_type = PeftType.LORA
     wrap = staticmethod(lora.wrap)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int = 0,
+    ) -> None:
+        """One more adapter, a combination of others; set_adapter makes it act.
+
+        combination_type and the rest: as adaptkit.combine has them. svd_full_matrices and svd_driver change nothing:
+        no dense matrix is decomposed whole.    seed: of what dare drops.
+
+        Raises Usage for a name that is there already, and for options that do not go with the combination_type.
+        """
+        combining.checked(adapters, self.peft_config, adapter_name)
+        how: dict[str, Any] = {"method": combination_type, "majority_sign": majority_sign_method, "seed": seed}
+        if combination_type.endswith("svd"):  # options of another combination are passed over, as in PEFT
+            how |= {"rank": svd_rank, "clamp": svd_clamp}
+        if combination_type not in ("svd", "linear", "cat"):
+            how["density"] = density
+        config, made = combining.weighted(self.model, self.peft_config, adapters, weights, **how)
+        self.inject(adapter_name, config, made)
+
 
 class IA3Model(TunerModel):
     """A model with (IA)^3 adapters."""
 
     peft_type = PeftType.IA3
     wrap = staticmethod(ia3.wrap)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """One more adapter, l = sum of w l; set_adapter makes it act. An adapter that lacks a module counts as 1 there."""
+        combining.checked(adapters, self.peft_config, adapter_name)
+        config, made = combining.weighted(self.model, self.peft_config, adapters, weights, method="linear")
+        self.inject(adapter_name, config, made)
 
 
 MODELS: dict[PeftType, type[TunerModel]] = {m.peft_type: m for m in (LoraModel, IA3Model)}

@@ -42,3 +42,8 @@ def unmatched(config: Mapping[str, Any], paths: Collection[str]) -> None:
                     f"{field}: {quoted(key)!r} matches no adapted module", where="adapter_config.json", hint="remove it"
                 )
             warn(f"adapter_config.json: {field} names {quoted(key)}, for which the adapter holds nothing")
+
+
+def exactly(path: str) -> str:
+    """A key of rank_pattern or alpha_pattern that hits one module."""
+    return "^" + re.escape(path)

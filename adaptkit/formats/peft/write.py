@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from ...store.output import Output
 from ...store.safetensors import header
 from .build import VIRTUAL
 from .keys import PREFIX
+from .patterns import exactly
 
 LORAS = ("lora", "dora")
 Tensors = dict[str, np.ndarray]
@@ -110,8 +110,8 @@ def _settings(sites: dict[str, Site]) -> dict[str, Any]:
     return {
         "r": r,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {_exactly(p): t.r for p, t in tuners.items() if t.r != r},
-        "alpha_pattern": {_exactly(p): _plain(t.alpha) for p, t in tuners.items() if t.alpha != alpha},
+        "rank_pattern": {exactly(p): t.r for p, t in tuners.items() if t.r != r},
+        "alpha_pattern": {exactly(p): _plain(t.alpha) for p, t in tuners.items() if t.alpha != alpha},
         "use_rslora": one.rslora,
         "use_dora": one.name == "dora",
         "lora_bias": bool(biased),
@@ -120,10 +120,6 @@ def _settings(sites: dict[str, Site]) -> dict[str, Any]:
         "fan_in_fan_out": any(t.transposed and not t.embedding for t in tuners.values()),
         "init_lora_weights": True,
     }
-
-
-def _exactly(path: str) -> str:
-    return "^" + re.escape(path)
 
 
 def _plain(number: float) -> int | float:
