@@ -10,3 +10,4 @@ if command -v nvidia-smi >/dev/null; then
 fi
 "$python" benchmarks/start.py
 "$python" benchmarks/merge.py --large
+"$python" benchmarks/convert.py

@@ -79,17 +79,15 @@ KIND, VIRTUAL = "is not supported (LORA", "has no weight to merge into: it acts 
 BAKED = ""  # merges, and its outputs begin with those of the virtual tokens
 LLAMA, BIASED = "_base_llama", "_base_llama_attention_bias"
 PEFT_SAMPLES = {
-    **dict.fromkeys(
-        ("adalora", "adaption_prompt", "boft", "cartridge", "cpt", "hra", "ln_tuning", "loha"), (LLAMA, KIND)
-    ),
-    **dict.fromkeys(
-        ("loha_conv", "lokr", "lokr_both", "multitask_prompt_tuning", "oft", "trainable_tokens"), (LLAMA, KIND)
-    ),
+    **dict.fromkeys(("adaption_prompt", "boft", "cartridge", "cpt", "hra", "ln_tuning", "loha"), (LLAMA, KIND)),
+    **dict.fromkeys(("loha_conv", "lokr", "lokr_both", "multitask_prompt_tuning", "oft"), (LLAMA, KIND)),
     "vera": (LLAMA, KIND),
     **dict.fromkeys(("prefix_tuning", "prefix_tuning_proj"), (LLAMA, VIRTUAL)),
     **dict.fromkeys(("p_tuning", "prompt_tuning"), (LLAMA, BAKED)),
     **dict.fromkeys(("ia3", "lora", "lora_bin", "lora_dora", "lora_embedding", "lora_embedding_noemb"), (LLAMA, None)),
-    **dict.fromkeys(("lora_modules_to_save", "lora_rslora", "lora_trainable_tokens"), (LLAMA, None)),
+    **dict.fromkeys(
+        ("lora_modules_to_save", "lora_rslora", "lora_trainable_tokens", "trainable_tokens", "adalora"), (LLAMA, None)
+    ),
     **dict.fromkeys(("lora_bias_all", "lora_bias_lora_only", "lora_lora_bias2"), (BIASED, None)),
     "lora_named_adapter/style": (LLAMA, None),
     "lora_gpt2_conv1d": ("_base_gpt2", None),
@@ -386,7 +384,7 @@ def test_a_sample_merges_into_its_golden_outputs(name: str, tmp_path: Path):
     adaptkit.merge(base, PEFT / name, tmp_path / "out")
 
     expected = np.load(PEFT / name / GOLDEN) if (PEFT / name / GOLDEN).exists() else _by_peft(base, PEFT / name)
-    assert np.abs(expected - logits(base)).max() > 1e-4
+    assert np.abs(expected - logits(base)).max() > 5e-5
     same(logits(tmp_path / "out"), expected)
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "extract": "Extract a LoRA from a fine-tuned model and its base, on files.",
     "combine": "Combine several adapters into one.",
     "resize": "Give a LoRA another rank, keeping as much of its update as possible.",
+    "convert": "Convert an adapter or a whole checkpoint into another format.",
     "inspect": "Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.",
     "targets": "Show which modules of a model a selection hits.",
     "plugins": "List the installed tuners and formats.",

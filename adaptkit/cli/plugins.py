@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Any
 
 import click
 
@@ -27,6 +28,17 @@ def command(as_json: bool) -> None:
         click.echo(words.as_json(found))
         return
     words.table(
-        [("name", "left"), ("kind", "left"), ("package", "left"), ("about", "left")],
-        [(p.name, p.kind, p.package, ("broken: " if p.broken else "") + p.about) for p in found],
+        [
+            ("name", "left"),
+            ("kind", "left"),
+            ("package", "left"),
+            ("about", "left"),
+            ("can", "left"),
+            ("cannot hold", "left"),
+        ],
+        [(p.name, p.kind, p.package, _about(p), ", ".join(p.can), "; ".join(p.cannot)) for p in found],
     )
+
+
+def _about(plugin: Any) -> str:
+    return ("broken: " if plugin.broken else "") + plugin.about

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ import numpy as np
 
 from .. import registry
 from ..errors import AdaptKitError, Corrupt, System, quoted
+from ..store import parts
 from ..store.arrays import FLOATS, NUMPY, load, read_into, rounded, shape_of, working
-from ..store.entry import Entry
+from ..store.entry import BITS, Entry
 from .plan import Change, Target
 
 ELEMENTS = 1 << 19  # of one sum: what stays in a core's cache in float32, and is long enough for a matrix product
@@ -94,6 +96,7 @@ class Workspace:
         self._files: dict[Path, int] = {}
         self._buffers: dict[str, np.ndarray] = {}
         self.looks: list[Look] = []
+        self.flushed: Counter[str] = Counter()
         self.warnings: dict[str, None] = {}
         self.device: dict[str, Any] = {}  # a stream and pinned buffers, where there is a device
 
@@ -114,6 +117,13 @@ class Workspace:
             except OSError as e:
                 raise System(f"cannot be opened ({e.strerror})", where=path.name) from e
         read_into(self._files[path], buffer, offset, path.name)
+
+    def take(self, entry: Entry, buffer: memoryview, start: int) -> None:
+        """Bytes of a plain entry from `start` on."""
+        if entry.parts is None:
+            self.read(entry.file, buffer, entry.offset + start)
+        else:
+            parts.fill(entry.parts, BITS[entry.dtype] // 8, buffer, start, self.read)
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -136,6 +146,10 @@ class Tensor:
         self._lock = threading.Lock()
 
     @property
+    def nbytes(self) -> int:
+        return self.target.nbytes
+
+    @property
     def steps(self) -> list[tuple[Change, Apply]]:
         with self._lock:
             if self._steps is None:
@@ -150,7 +164,7 @@ class Tensor:
         """The bytes of the tensor from `start` on, as many as `out` holds."""
         t = self.target
         if t.copied:
-            space.read(t.source.file, out, t.source.offset + start)
+            space.take(t.source, out, start)
             if start % (self.sample * ELEMENTS) < len(out):
                 self._sound(out, start, space)
             return
@@ -190,6 +204,7 @@ class Tensor:
         piece = W[first - top * columns : last - top * columns]
         out = rounded(piece, t.dtype, into[: last - first])
         self._finite(piece, first, space)
+        became_zero(t, piece, out, space)
         if looked_at:
             part = slice(first - top * columns, last - top * columns)
             self._look(first, before[part], piece, out, alone, space)
@@ -206,7 +221,7 @@ class Tensor:
             np.copyto(W, source.reshape(-1)[first : first + len(W)], casting="unsafe")
             return
         raw = space.array("raw", len(W), NUMPY[source.dtype])
-        space.read(source.file, memoryview(raw.view("u1")), source.offset + first * raw.itemsize)
+        space.take(source, memoryview(raw.view("u1")), first * raw.itemsize)
         np.copyto(W, raw, casting="unsafe")
 
     def _change(self, matrix: np.ndarray, top: int, bottom: int, space: Workspace, looked_at: bool) -> dict[int, float]:
@@ -270,11 +285,20 @@ def in_range(target: Target, values: np.ndarray, base: Callable[[], np.ndarray],
         return
     finite = np.abs(values[bad & np.isfinite(values)])
     largest = f" (largest {finite.max():.2g})" if finite.size else ""
+    what = "merged values" if target.changes else "values"
     raise Corrupt(
-        f"{int(bad.sum()):,} merged values overflow {target.dtype}{largest}",
+        f"{int(bad.sum()):,} {what} overflow {target.dtype}{largest}",
         where=target.name,
         hint="use --dtype bfloat16 or float32",
     )
+
+
+def became_zero(target: Target, exact: np.ndarray, stored: np.ndarray, space: Workspace) -> None:
+    """Count the numbers that are too small for the dtype they are converted to."""
+    if target.changes or getattr(target.source, "dtype", target.dtype) == target.dtype:
+        return
+    if lost := int(np.count_nonzero(exact) - np.count_nonzero(stored)):
+        space.flushed[target.name] += lost
 
 
 def _limit(dtype: str) -> float:

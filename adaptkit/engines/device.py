@@ -54,7 +54,7 @@ class DeviceTensor(Tensor):
         columns = max(t.view[1], 1)
         top, bottom = first // columns, -(-last // columns)
         raw = pinned(space, "raw", (bottom - top) * columns, NUMPY[t.source.dtype], self.device)
-        space.read(t.source.file, memoryview(raw.view("u1")), t.source.offset + top * columns * raw.itemsize)
+        space.take(t.source, memoryview(raw.view("u1")), top * columns * raw.itemsize)
         part = slice(first - top * columns, last - top * columns)
         with stream(space, self.device):
             before = self._up(raw, t.source.dtype)

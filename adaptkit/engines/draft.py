@@ -159,7 +159,11 @@ def part_of(value: Any, edge: Edge) -> Entry | np.ndarray:
 def _rows_of(entry: Entry, start: int, stop: int) -> Entry:
     row = entry.nbytes // max(entry.shape[0], 1)
     return replace(
-        entry, shape=(stop - start, *entry.shape[1:]), offset=entry.offset + start * row, nbytes=(stop - start) * row
+        entry,
+        shape=(stop - start, *entry.shape[1:]),
+        offset=entry.offset + start * row,
+        nbytes=(stop - start) * row,
+        crc=0,
     )
 
 

@@ -6,24 +6,31 @@ bytes do not depend on the number of workers. NumPy lets go of the interpreter's
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
+import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..errors import Corrupt, quoted
 from ..store.arrays import rounded
-from ..store.disk import fd_is_direct, write_all
+from ..store.crc import combined
+from ..store.disk import DIRECT, fd_is_direct, write_all
 from ..store.entry import Entry
 from ..store.output import Output
 from ..store.safetensors import header
-from .blocks import LIMITS, Survival, Tensor, Workspace, in_range, looked, started, whole
+from ..store.torchzip import Layout, laid_out
+from .blocks import LIMITS, Survival, Tensor, Workspace, became_zero, in_range, looked, started, whole
 from .plan import Plan, Target
 
 BLOCK = 4 << 20  # bytes written at once
@@ -32,25 +39,63 @@ PAGE = 4096
 Progress = Callable[[int], None]
 
 
+class Text:
+    """Bytes of a file that are known before its numbers: headers."""
+
+    def __init__(self, raw: bytes):
+        self.raw, self.nbytes = raw, len(raw)
+
+    def fill(self, out: memoryview, start: int, space: Workspace) -> None:
+        out[:] = self.raw[start : start + len(out)]
+
+
 @dataclass
 class Shard:
-    """One output file: its header, and its tensors one after the other."""
+    """One output file: its pieces one after the other, headers and tensors, and where each begins.
+
+    zipped: the layout of a PyTorch file, which gets its checksums when it is filled.
+    sums: by tensor name (start, bytes, CRC-32) of what was written, where somebody wants to know.
+    """
 
     name: str
-    head: bytes
-    tensors: list[Tensor]
-    starts: list[int]  # of each tensor in the file
+    pieces: list[Text | Tensor]
+    starts: list[int]
     size: int
+    zipped: Layout | None = None
+    sums: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [p for p in self.pieces if isinstance(p, Tensor)]
+
+    def summed(self, tensor: Tensor) -> bool:
+        """Whether the checksum of a tensor's bytes is wanted: to write it, or because its source tells one."""
+        t = tensor.target
+        return self.zipped is not None or (t.copied and t.source.crc != 0)
 
 
-def shard(name: str, targets: list[Target], metadata: dict[str, str], device: Any = None, **options: Any) -> Shard:
-    """The layout of one file, and how its tensors are computed."""
-    head = header(((t.name, t.dtype, t.shape, t.nbytes) for t in targets), metadata)
-    starts, at = [], len(head)
-    for t in targets:
-        starts.append(at)
-        at += t.nbytes
-    return Shard(name, head, [_computed(t, device, **options) for t in targets], starts, at)
+def shard(
+    name: str,
+    targets: list[Target],
+    metadata: dict[str, str],
+    device: Any = None,
+    aliases: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Shard:
+    """The layout of one file, and how its tensors are computed. aliases: further names of tensors, in PyTorch files."""
+    tensors = [_computed(t, device, **options) for t in targets]
+    described = [(t.name, t.dtype, t.shape, t.nbytes) for t in targets]
+    if not name.endswith(".safetensors"):
+        mine = {alias: kept for alias, kept in (aliases or {}).items() if kept in {t.name for t in targets}}
+        layout = laid_out(described, mine, Path(name).name.rpartition(".")[0])
+        pieces = [*zip(layout.tensors, tensors, strict=True), *((at, Text(raw)) for at, raw in layout.texts)]
+        pieces.sort(
+            key=lambda piece: (piece[0], piece[1].nbytes)
+        )  # a tensor without numbers begins where a header does
+        return Shard(name, [p for _, p in pieces], [at for at, _ in pieces], layout.size, layout)
+    pieces = [Text(header(described, metadata)), *tensors]
+    starts = [0, *accumulate(p.nbytes for p in pieces)]
+    return Shard(name, pieces, starts[:-1], starts[-1])
 
 
 def _computed(target: Target, device: Any, **options: Any) -> Tensor:
@@ -82,6 +127,7 @@ class Local:
         self._threads = threading.local()
         self._spaces: list[Workspace] = []
         self.survival = Survival()
+        self.flushed: dict[str, int] = {}  # numbers that became zero in another dtype, by tensor
         self._stopping = threading.Event()
         self.warnings: dict[str, None] = {}
 
@@ -95,10 +141,12 @@ class Local:
                     if record := out.done(name):
                         self.progress(sum(t.nbytes for t in targets))
                         self.survival.add(Survival(**record.get("rounding", {})))
+                        self.flushed |= record.get("flushed", {})
                         continue
                     ready = [spill.ready(t) for t in targets]
                     said = plan.metadata.get(name, {"format": "pt"})
-                    self._file(shard(name, ready, said, self.device, allow_nonfinite=self.allow_nonfinite), out, pool)
+                    options = {"aliases": plan.aliases, "allow_nonfinite": self.allow_nonfinite}
+                    self._file(shard(name, ready, said, self.device, **options), out, pool)
                     spill.rewind()
             finally:
                 spill.close()
@@ -119,9 +167,11 @@ class Local:
                 wait(jobs)  # nobody may write through a descriptor that is closed
                 raise
             os.ftruncate(fd, s.size)
-            found = self._noticed()
-            out.record(s.name, rounding=asdict(found))
+            _sealed(s, fd)
+            found, flushed = self._noticed()
+            out.record(s.name, rounding=asdict(found), flushed=flushed)
         self.survival.add(found)
+        self.flushed |= flushed
 
     def _segment(self, s: Shard, fd: int, start: int) -> None:
         hand, direct = self._hand(), fd_is_direct(fd)
@@ -141,14 +191,15 @@ class Local:
             self._spaces.append(self._threads.hand.space)
         return self._threads.hand
 
-    def _noticed(self) -> Survival:
+    def _noticed(self) -> tuple[Survival, dict[str, int]]:
         """Put together what the threads noticed since they were last asked."""
-        looks = []
+        looks, flushed = [], Counter()
         for space in self._spaces:
             looks += space.looks
+            flushed += space.flushed
             self.warnings |= space.warnings
-            space.looks = []
-        return Survival.of(looks)
+            space.looks, space.flushed = [], Counter()
+        return Survival.of(looks), dict(sorted(flushed.items()))
 
 
 class _Hand:
@@ -162,17 +213,41 @@ class _Hand:
 def fill(s: Shard, out: memoryview, at: int, space: Workspace) -> None:
     """Bytes of a file from `at` on, as many as `out` holds."""
     done = 0
-    if at < len(s.head):
-        done = min(len(out), len(s.head) - at)
-        out[:done] = s.head[at : at + done]
-    i = bisect_right(s.starts, at + done) - 1
+    i = bisect_right(s.starts, at) - 1
     while done < len(out):
-        tensor, start = s.tensors[i], s.starts[i]
-        n = min(len(out) - done, start + tensor.target.nbytes - at - done)
+        piece, start = s.pieces[i], s.starts[i]
+        n = min(len(out) - done, start + piece.nbytes - at - done)
         if n > 0:
-            tensor.fill(out[done : done + n], at + done - start, space)
+            made = out[done : done + n]
+            piece.fill(made, at + done - start, space)
+            if isinstance(piece, Tensor) and s.summed(piece):
+                s.sums.setdefault(piece.target.name, []).append((at + done - start, n, zlib.crc32(made)))
             done += n
         i += 1
+
+
+def _sealed(s: Shard, fd: int) -> None:
+    """Compare the checksums of what was copied with those of its source, and write those of a PyTorch file.
+
+    Raises Corrupt when the source is damaged: the file is not finished then.
+    """
+    sums = []
+    for tensor in s.tensors:
+        crc, length = combined(s.sums.get(tensor.target.name, ()))
+        sums.append(crc)
+        source = tensor.target.source
+        if tensor.target.copied and source.crc and (crc, length) != (source.crc, source.nbytes):
+            raise Corrupt(
+                f"{quoted(source.name)} is damaged (CRC {crc:08x}, {source.crc:08x} expected)",
+                where=source.file.name,
+                hint="fetch it again",
+            )
+    if s.zipped is None:
+        return
+    if DIRECT and fd_is_direct(fd):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~DIRECT)
+    for at, raw in s.zipped.patches(sums):
+        write_all(fd, raw, at)
 
 
 class _Spill:
@@ -195,6 +270,7 @@ class _Spill:
             return exact
         stored = rounded(exact, target.dtype)
         in_range(target, exact, lambda: started(target, exact.dtype), self.allow_nonfinite, self.space)
+        became_zero(target, exact, stored, self.space)
         if target.changes:
             before = started(target, exact.dtype)
             self.space.looks.append(looked(target, 0, before.reshape(exact.shape), exact, stored, {}))

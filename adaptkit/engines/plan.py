@@ -141,6 +141,7 @@ class Plan:
     virtual: range = range(0)  # ids of the rows that a soft prompt became
     stamps: Stamps = field(default_factory=dict)  # of every input, as it was when it was planned
     options: dict[str, Any] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # further names of tensors, which PyTorch files can hold
 
     @property
     def targets(self) -> list[Target]:
@@ -176,7 +177,7 @@ class Plan:
                 h.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{_source(t)}\0{[_summary(c) for c in t.changes]}\0".encode())
         for name, raw in self.texts.items():
             h.update(f"{name}\0{hashlib.sha256(raw).hexdigest()}\0".encode())
-        h.update(json.dumps([self.config, self.options], sort_keys=True, default=str).encode())
+        h.update(json.dumps([self.config, self.options, self.aliases], sort_keys=True, default=str).encode())
         return h.hexdigest()
 
     @property
@@ -193,7 +194,7 @@ class Plan:
 
 def _source(t: Target) -> str:
     return (
-        f"{t.source.file.name}@{t.source.offset}"
+        f"{t.source.file.name}@{t.source.offset}{t.source.parts or ''}"
         if isinstance(t.source, Entry)
         else hashlib.sha256(t.source.tobytes()).hexdigest()
     )

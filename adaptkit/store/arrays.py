@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import zlib
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from ..errors import Corrupt, Mismatch, System, quoted
-from .entry import Entry
+from . import parts
+from .entry import BITS, Entry
 
 NUMPY = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"),
@@ -96,6 +98,8 @@ def _read(entry: Entry) -> np.ndarray:
 
 def raw_bytes(entry: Entry) -> bytearray:
     """The bytes of an entry: of a view that is not contiguous, all those from its first to its last element."""
+    if entry.parts is not None:
+        return _gathered(entry)
     length = entry.nbytes
     if entry.strides is not None and entry.numel:
         length = (1 + sum((n - 1) * s for n, s in zip(entry.shape, entry.strides, strict=True))) * NUMPY[
@@ -108,6 +112,22 @@ def raw_bytes(entry: Entry) -> bytearray:
         buffer = bytearray(length)
         read_into(fd, memoryview(buffer), entry.offset, entry.file.name)
         return buffer
+    finally:
+        os.close(fd)
+
+
+def _gathered(entry: Entry) -> bytearray:
+    """The bytes of an entry that is in pieces."""
+    buffer = bytearray(entry.nbytes)
+    parts.fill(entry.parts, BITS[entry.dtype] // 8, memoryview(buffer), 0, read_file)
+    return buffer
+
+
+def read_file(path: Path, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer from a file that is opened for it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_into(fd, buffer, offset, path.name)
     finally:
         os.close(fd)
 

@@ -42,6 +42,8 @@ class Checkpoint:
     files: list[Path]
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     index: str | None = None  # the name of the index file
+    shards: Path | None = None  # the folder of a training checkpoint, whose tensors are in parts
+    notes: list[str] = field(default_factory=list)  # what of it is not the model's
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -76,6 +78,9 @@ class Checkpoint:
             if (self.root / "config.json").is_file():
                 yield self.root / "config.json", "config.json"
             return
+        if self.shards:
+            yield from beside(self.root)
+            return
         parts, left = self._parts(), []
         for folder, folders, files in os.walk(self.root):
             relative = Path(folder).relative_to(self.root)
@@ -99,6 +104,13 @@ class Checkpoint:
             return {str(part["path"]) for part in found if part.get("path")}
         except (FileNotFoundError, ValueError, TypeError, AttributeError, KeyError):
             return set()  # another program's file of that name, or none; weights found there are warned of
+
+
+def beside(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, name) of the files in a folder that belong to a model."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and _belongs(file.name) and file.stat().st_size <= LARGEST_EXTRA:
+            yield file, file.name
 
 
 Stamps = dict[Path, tuple[int, int, int]]

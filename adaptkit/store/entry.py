@@ -16,6 +16,21 @@ BITS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A rectangle of a tensor that is in pieces, stored row by row in a file.
+
+    rows, columns: (first, end) of the rectangle, in elements, in the tensor read as a matrix with rows of `width`.
+    offset: where the rectangle's first element lies in `file`.
+    """
+
+    file: Path
+    offset: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a file.
 
@@ -23,6 +38,8 @@ class Entry:
     offset, nbytes: where its bytes lie in `file`, or, when `packed` is set, in the inflated zip member.
     strides: in elements, for a view that is not contiguous (torch pickles only); None means row-major.
     packed: (offset, compressed size, size) of the deflated zip member the bytes are in.
+    parts: the pieces of a tensor that training left in several files; `file` and `offset` are the first one's.
+    crc: the CRC-32 of exactly these bytes, where the container tells it; 0 where it does not.
     """
 
     name: str
@@ -33,6 +50,8 @@ class Entry:
     nbytes: int
     strides: tuple[int, ...] | None = None
     packed: tuple[int, int, int] | None = None
+    parts: tuple[Part, ...] | None = None
+    crc: int = 0
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """np.asarray(entry) reads it, so that whoever writes a format need not know what an Entry is."""

@@ -11,8 +11,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import AdaptKitError, AdaptKitWarning, Corrupt, Mismatch, Unsafe, quoted, some
 from . import zips
 from .entry import Entry
-from .rebuild import ALLOWED, View, is_tensor, nbytes, viewed
+from .rebuild import ALLOWED, TRAINING, View, is_tensor, nbytes, viewed
 from .safepaths import open_regular
 from .symbolic import HINT, LARGEST, Machine, Stored, Stream, Table
 
@@ -47,6 +47,7 @@ class Block:
     offset: int
     nbytes: int
     packed: tuple[int, int, int] | None = None
+    crc: int = 0
 
 
 def is_pickle(path: Path) -> bool:
@@ -83,13 +84,42 @@ def read(path: Path) -> dict[str, Entry]:
         os.close(fd)
 
 
-def check_crc(path: Path) -> None:
-    """Read every member of a zip checkpoint and compare it with its CRC-32. Raises Corrupt. Older files have none."""
+def tree(path: Path, span: tuple[int, int] | None = None) -> tuple[Any, Find]:
+    """What the pickle of a training checkpoint would build, and a function that finds its storages. Runs nothing.
+
+    span: (start, bytes) of the zip within the file, where it is a part of one. Sound states of DeepSpeed and of
+    torch.distributed.checkpoint are let through as inert data. Raises Corrupt, Mismatch or Unsafe.
+    """
+    fd = open_regular(path)
+    try:
+        if span is not None:
+            root, find = _read_zip(zips.Span(fd, *span), TRAINING)
+            return root, lambda storage: replace(b := find(storage), offset=b.offset + span[0] * (not b.packed))
+        start = os.pread(fd, 512, 0)
+        _refuse_foreign(start)
+        return _read_zip(fd, TRAINING) if start.startswith(b"PK\x03\x04") else _read_stream(fd, TRAINING)
+    except AdaptKitError as e:
+        raise e.at(path.name) from None
+    finally:
+        os.close(fd)
+
+
+def entry(path: Path, name: str, value: Any, find: Find) -> Entry:
+    """The entry of one tensor of a tree."""
+    return _entries(path, {name: value}, find)[name]
+
+
+def check_crc(path: Path, later: Collection[int] = ()) -> None:
+    """Read every member of a zip checkpoint and compare it with its CRC-32. Raises Corrupt. Older files have none.
+
+    later: where the data of members begins that will be checked while they are copied.
+    """
     fd = open_regular(path)
     try:
         if os.pread(fd, 4, 0) == b"PK\x03\x04":
             for member in zips.members(fd).values():
-                zips.check(fd, member)
+                if member.offset not in later:
+                    zips.check(fd, member)
     except AdaptKitError as e:
         raise e.at(path.name) from None
     finally:
@@ -128,7 +158,7 @@ def _refuse_foreign(start: bytes) -> None:
 Find = Callable[[Stored], Block]
 
 
-def _read_zip(fd: int) -> tuple[Any, Find]:
+def _read_zip(fd: zips.File, allowed: Collection[str] = ALLOWED) -> tuple[Any, Find]:
     members = zips.members(fd)
     if any(name.rpartition("/")[2] == "constants.pkl" or "/code/" in name for name in members):
         raise Unsafe("refused, this is a TorchScript archive, which holds code", hint="save its state_dict() instead")
@@ -137,20 +167,20 @@ def _read_zip(fd: int) -> tuple[Any, Find]:
         what = "no data.pkl" if not pickles else f"{len(pickles)} data.pkl"
         raise Corrupt(f"this is a zip file with {what}, not a torch checkpoint (members: {some(members) or 'none'})")
     home = pickles[0].removesuffix("data.pkl")
-    root = _data_pkl(fd, members[pickles[0]])
+    root = _data_pkl(fd, members[pickles[0]], allowed)
     order = members.get(f"{home}byteorder")
     if order and (order.size > 16 or b"".join(zips.blocks(fd, order)) != b"little"):
         raise Corrupt("the numbers are not stored little-endian", hint=HINT)
     return root, lambda storage: _member(members, home, storage)
 
 
-def _data_pkl(fd: int, member: zips.Member) -> Any:
+def _data_pkl(fd: zips.File, member: zips.Member, allowed: Collection[str]) -> Any:
     """The value of data.pkl. A name that is refused is told even if the CRC is wrong: the CRC may be the disguise."""
     if member.size > min(LARGEST, RATIO * member.packed):
         raise Corrupt(f"{quoted(member.name)} takes {member.size:,} bytes, inflated from {member.packed:,}; too many")
     raw = b"".join(zips.blocks(fd, member))
     try:
-        root = _whole(Machine(Stream(BytesIO(raw), len(raw)), ALLOWED))
+        root = _whole(Machine(Stream(BytesIO(raw), len(raw)), allowed))
     except Corrupt:
         zips.check(fd, member)  # if the CRC is wrong, that is what to say
         raise
@@ -173,19 +203,19 @@ def _member(members: dict[str, zips.Member], home: str, storage: Stored) -> Bloc
     if m.size != expected:
         raise Corrupt(f"its storage {quoted(storage.key)!r} has {m.size:,} bytes, {expected:,} expected (truncated?)")
     if not m.deflated:
-        return Block(m.offset, m.size)
+        return Block(m.offset, m.size, crc=m.crc)
     if m.size > RATIO * m.packed:
         raise Corrupt(f"its storage inflates from {m.packed:,} to {m.size:,} bytes, more than {RATIO} times")
     return Block(0, m.size, (m.offset, m.packed, m.size))
 
 
-def _read_stream(fd: int) -> tuple[Any, Find]:
+def _read_stream(fd: int, allowed: Collection[str] = ALLOWED) -> tuple[Any, Find]:
     """A bare pickle, or the format before torch 1.6: magic, protocol, system, the state dict, keys, storages."""
     size = os.fstat(fd).st_size
     with open(fd, "rb", closefd=False) as file:
         file.seek(0)
         stream = Stream(file, size)
-        machine = Machine(stream, ALLOWED)
+        machine = Machine(stream, allowed)
         root = _first(machine)
         if type(root) is not int or root != MAGIC:
             if file.tell() != size:
@@ -195,7 +225,7 @@ def _read_stream(fd: int) -> tuple[Any, Find]:
         little = isinstance(system, Table) and any(k == "little_endian" and v is True for k, v in system.items)
         if protocol != PROTOCOL or not little:
             raise Corrupt("a torch checkpoint of an unknown protocol or byte order", hint=HINT)
-        machine = Machine(stream, ALLOWED)
+        machine = Machine(stream, allowed)
         root = machine.run()
         keys = Machine(stream, ALLOWED).run()
         blocks = _in_a_row(fd, file.tell(), keys, _lengths(machine.stored))
@@ -312,7 +342,9 @@ def _entry(path: Path, name: str, view: View, find: Find) -> Entry:
         raise Corrupt(f"has {numel:,} elements, but its storage has {block.nbytes:,} bytes")
     strides = None if _row_major(view, numel) else view.strides
     offset = block.offset + (view.offset * view.width if numel else 0)
-    return Entry(name, view.dtype, view.shape, path, offset, numel * view.width, strides, block.packed)
+    exactly = strides is None and offset == block.offset and numel * view.width == block.nbytes
+    crc = block.crc if exactly else 0
+    return Entry(name, view.dtype, view.shape, path, offset, numel * view.width, strides, block.packed, crc=crc)
 
 
 def _row_major(view: View, numel: int) -> bool:

@@ -57,6 +57,19 @@ QUIET = {  # mere data, seen in sound checkpoints; without a meaning for tensors
 }  # fmt: skip
 TENSORS = {*PLAIN, *PARAMETERS, TYPED, *OTHER}
 ALLOWED = QUIET | TENSORS | set(KINDS) | TYPES
+METADATA = (
+    "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata StorageMeta "
+    "_MEM_FORMAT_ENCODING"
+).split()
+TRAINING = ALLOWED | {  # what training frameworks pickle beside tensors: classes whose instances are looked at as data
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in METADATA),
+    *(f"torch.distributed.checkpoint.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")),
+    *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
+    *(f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
+    *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")),
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    *(f"deepspeed.utils.tensor_fragment.{name}" for name in ("fragment_address", "tensor_fragment")),
+}
 AXES = 64
 
 

@@ -36,10 +36,11 @@ class Name:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """A name and what it would have been called with."""
+    """A name, what it would have been called with, and what would have been set on the result."""
 
     name: str
     args: tuple
+    states: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +63,8 @@ class Table:
 class Stream:
     """A file from which at most `left` bytes may be taken."""
 
-    def __init__(self, file: BinaryIO, left: int):
-        self.file, self.left = file, min(left, LARGEST)
+    def __init__(self, file: BinaryIO, left: int, largest: int | None = None):
+        self.file, self.left = file, min(left, largest or LARGEST)
 
     def take(self, n: int) -> bytes:
         data = self.file.read(n) if n <= self.left else b""
@@ -83,8 +84,8 @@ class Stream:
 class Machine:
     """One pickle. `stored` lists the storages it names."""
 
-    def __init__(self, stream: Stream, allowed: Collection[str]):
-        self.stream, self.allowed = stream, allowed
+    def __init__(self, stream: Stream, allowed: Collection[str], most: int | None = None):
+        self.stream, self.allowed, self.most = stream, allowed, most or MOST
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
@@ -95,7 +96,7 @@ class Machine:
         """The value at the end of the pickle. Raises Corrupt, or Unsafe for a name that is not allowed."""
         take = self.stream.take
         try:
-            for _ in range(MOST):
+            for _ in range(self.most):
                 if (op := take(1)) == b".":
                     return self.pop()
                 if (step := STEPS.get(op)) is None:
@@ -103,7 +104,7 @@ class Machine:
                 step(self)
         except (KeyError, ValueError) as e:
             raise Corrupt(f"the pickle is damaged ({type(e).__name__} {quoted(e)})") from None
-        raise Corrupt(f"the pickle has more than {MOST:,} opcodes")
+        raise Corrupt(f"the pickle has more than {self.most:,} opcodes")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -192,10 +193,12 @@ class Machine:
             target.items += pairs(flat)
 
     def build(self) -> None:
-        """Attributes: those of an allowed object have no meaning here."""
-        self.pop()
-        if not isinstance(self.top(), Table | Call | Name):
+        """Attributes: noted, and only the readers of training checkpoints look at them."""
+        state, target = self.pop(), self.top()
+        if not isinstance(target, Table | Call | Name):
             raise Corrupt("the pickle is damaged (it sets attributes of what has none)")
+        if isinstance(target, Call):
+            target.states.append(state)
 
     def put(self, slot: int) -> None:
         if not 0 <= slot <= LARGEST:

@@ -24,6 +24,18 @@ CENTRAL, LOCAL = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of an open file that is a zip of its own."""
+
+    fd: int
+    start: int
+    size: int
+
+
+File = int | Span  # a descriptor, or a piece of one
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """One member. crc: 0 when the writer did not compute it. packed, size: bytes in the file, bytes inflated.
 
@@ -40,9 +52,9 @@ class Member:
     offset: int = 0
 
 
-def members(fd: int) -> dict[str, Member]:
+def members(fd: File) -> dict[str, Member]:
     """The members of an open zip file, in the order of its directory. Raises Corrupt or Unsafe."""
-    start, length, count = _directory(fd, os.fstat(fd).st_size)
+    start, length, count = _directory(fd, _size(fd))
     listed = list(_listed(_exactly(fd, start, length), count))
     found = {m.name: _located(fd, m) for m in listed}
     if len(found) != len(listed):
@@ -51,7 +63,7 @@ def members(fd: int) -> dict[str, Member]:
     return found
 
 
-def blocks(fd: int, member: Member) -> Iterator[bytes]:
+def blocks(fd: File, member: Member) -> Iterator[bytes]:
     """The inflated content, at most BLOCK bytes at a time; never more than the directory promised."""
     total = 0
     for block in _inflated(fd, member) if member.deflated else _stored(fd, member):
@@ -63,7 +75,7 @@ def blocks(fd: int, member: Member) -> Iterator[bytes]:
         raise Corrupt(f"{quoted(member.name)} does not inflate to the {member.size:,} bytes that the zip promises")
 
 
-def check(fd: int, member: Member) -> None:
+def check(fd: File, member: Member) -> None:
     """Compare the content with its CRC-32, if the writer computed one. Raises Corrupt."""
     crc = 0
     for block in blocks(fd, member):
@@ -74,7 +86,7 @@ def check(fd: int, member: Member) -> None:
         )
 
 
-def _directory(fd: int, size: int) -> tuple[int, int, int]:
+def _directory(fd: File, size: int) -> tuple[int, int, int]:
     """Where the directory begins, its bytes, its members."""
     at = size - END.size
     if at < 0:
@@ -93,7 +105,7 @@ def _directory(fd: int, size: int) -> tuple[int, int, int]:
     return start, length, count
 
 
-def _directory64(fd: int, end: int) -> tuple[int, tuple[int, int, int, int]] | None:
+def _directory64(fd: File, end: int) -> tuple[int, tuple[int, int, int, int]] | None:
     """The zip64 end record, if there is one: where it lies, and the four numbers in full."""
     at = end - LOCATOR.size
     if at < END64.size:
@@ -175,7 +187,7 @@ def _sensible(m: Member, method: int) -> Member:
     return m
 
 
-def _located(fd: int, m: Member) -> Member:
+def _located(fd: File, m: Member) -> Member:
     """The member with the place of its data, if its local header says what the directory says."""
     name = m.name.encode()
     head = _exactly(fd, m.header, LOCAL.size + len(name))
@@ -201,12 +213,12 @@ def _apart(found: list[Member], end: int) -> None:
             raise Corrupt(f"{quoted(m.name)} overlaps what follows it in the zip")
 
 
-def _stored(fd: int, m: Member) -> Iterator[bytes]:
+def _stored(fd: File, m: Member) -> Iterator[bytes]:
     for at in range(0, m.packed, BLOCK):
         yield _exactly(fd, m.offset + at, min(BLOCK, m.packed - at))
 
 
-def _inflated(fd: int, m: Member) -> Iterator[bytes]:
+def _inflated(fd: File, m: Member) -> Iterator[bytes]:
     machine = zlib.decompressobj(-15)
     try:
         for raw in _stored(fd, m):
@@ -221,9 +233,17 @@ def _inflated(fd: int, m: Member) -> Iterator[bytes]:
         raise Corrupt(f"{quoted(m.name)} cannot be inflated (it ends elsewhere)")
 
 
-def _exactly(fd: int, at: int, length: int) -> bytes:
-    size = os.fstat(fd).st_size
-    data = os.pread(fd, length, at) if at + length <= size else b""
+def _exactly(fd: File, at: int, length: int) -> bytes:
+    size = _size(fd)
+    data = _pread(fd, length, at) if at + length <= size else b""
     if len(data) != length:
         raise Corrupt(f"file has {size:,} bytes, its zip needs {at + length:,} (truncated?)", hint="fetch it again")
     return data
+
+
+def _size(fd: File) -> int:
+    return fd.size if isinstance(fd, Span) else os.fstat(fd).st_size
+
+
+def _pread(fd: File, length: int, at: int) -> bytes:
+    return os.pread(fd.fd, length, fd.start + at) if isinstance(fd, Span) else os.pread(fd, length, at)

@@ -25,6 +25,7 @@ from ..engines.plan import Plan
 from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted
 from ..store.checkpoint import Checkpoint, open_checkpoint, stamps, unchanged
 from ..store.disk import write_all
+from ..store.entry import Entry
 from ..store.output import Output
 from .inputs import Source, adapters_of, dtype_of, files_of, size_of, weights_of
 
@@ -160,7 +161,7 @@ def execute(
     out = Output(
         output, plan=plan.fingerprint(), need=plan.need, inputs=inputs, overwrite=overwrite, files=len(plan.files)
     )
-    check_pickles(checkpoint)
+    check_pickles(checkpoint, later=[t.source for t in plan.targets if t.copied])
     with out:
         local.write(plan, out)
         _beside(plan, out)
@@ -182,13 +183,16 @@ def _possible(engine: str, workers: int | None) -> None:
         raise Usage(f"{workers} workers cannot do anything", where="--workers")
 
 
-def check_pickles(checkpoint: Checkpoint) -> None:
-    """Verify the checksums of PyTorch files, since nothing else would notice a flipped bit."""
+def check_pickles(checkpoint: Checkpoint, later: Sequence[Entry] = ()) -> None:
+    """Verify the checksums of PyTorch files, since nothing else would notice a flipped bit.
+
+    later: entries that are copied whole, which are checked on the way.
+    """
     from ..store import pickles
 
     for file in checkpoint.files:
         if file.suffix != ".safetensors" and pickles.is_pickle(file):
-            pickles.check_crc(file)
+            pickles.check_crc(file, {e.offset for e in later if e.file == file and e.crc})
 
 
 def _beside(plan: Plan, out: Output) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import registry
 from ..errors import AdaptKitError
@@ -11,13 +11,19 @@ from ..errors import AdaptKitError
 
 @dataclass
 class Plugin:
-    """An installed tuner or format. about: the first line of its documentation, or why it cannot be used."""
+    """An installed tuner or format.
+
+    about: the first line of its documentation, or why it cannot be used.
+    can: what a format does, "read" and "write".    cannot: what it cannot hold.
+    """
 
     name: str
     kind: str
     package: str
     about: str
     broken: bool = False
+    can: list[str] = field(default_factory=list)
+    cannot: list[str] = field(default_factory=list)
 
 
 def plugins() -> list[Plugin]:
@@ -28,9 +34,18 @@ def plugins() -> list[Plugin]:
 def _described(kind: str, name: str) -> Plugin:
     try:
         package = registry.package(registry.point(kind, name))
-        return Plugin(name, registry.KINDS[kind], package, _about(registry.load(kind, name)))
+        found = registry.load(kind, name)
+        about = Plugin(name, registry.KINDS[kind], package, _about(found))
+        return _able(about, found) if kind == "formats" else about
     except AdaptKitError as e:
         return Plugin(name, registry.KINDS[kind], ", ".join(registry.owners(kind, name)), str(e), broken=True)
+
+
+def _able(about: Plugin, found: type) -> Plugin:
+    """What a format does. One that has no `write` of its own has the one that refuses."""
+    about.can = ["read"] if found.write.__qualname__ == "Format.write" else ["read", "write"]
+    about.cannot = list(found.cannot)
+    return about
 
 
 def _about(found: type) -> str:

@@ -10,11 +10,16 @@ from ... import registry
 from ...adapter import Site
 from ...errors import Corrupt, Mismatch, quoted, some
 from ...select import matching
+from ...store.arrays import load
 from ...store.entry import Entry
 from .patterns import lookup
 
 Parts = dict[str, Entry]
 VIRTUAL = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix", "P_TUNING": "ptuning"}
+EMBEDDINGS = (
+    "embed_tokens embed_in embed_out lm_head wte word_embeddings shared embeddings tok_embeddings output "
+    "token_embedding embed_positions wpe"
+).split()
 # how the parameters of known expert modules are registered; PEFT wraps them in this order, the first innermost
 REGISTERED = (
     "gate_up_proj",
@@ -38,7 +43,7 @@ def virtual(config: dict[str, Any], parts: Parts) -> Site:
 
 def tokens(config: dict[str, Any], path: str, parts: Parts) -> Site:
     """Rows of an embedding that replace those of the base. The indices are in the settings only."""
-    given = config.get("trainable_token_indices")
+    given = config.get("trainable_token_indices") or config.get("token_indices")
     if isinstance(given, dict):
         name = next((n for n in given if path == n or path.endswith("." + n)), None)
         given = given.get(name)
@@ -82,6 +87,20 @@ def lora(config: dict[str, Any], path: str, parts: Parts, experts: bool, times: 
     settings = {"r": r, "alpha": alpha, "rslora": bool(config.get("use_rslora")), "transposed": turned}
     settings |= {"embedding": embedding, "dropout": float(config.get("lora_dropout") or 0.0)}
     return Site(registry.load("tuners", name)(**settings, **more), parts)
+
+
+def adalora(config: dict[str, Any], path: str, parts: Parts) -> Site:
+    """A LoRA that does the same: A' = E A, at AdaLoRA's scale alpha / (init_r + 1e-5), whatever rank is left."""
+    if set(parts) != {"aA", "aB", "aE"}:
+        raise Mismatch(f"{quoted(path)} has {some(sorted(parts))}, an AdaLoRA adapter holds lora_A, lora_B and lora_E")
+    A, B, E = (parts[k].shape for k in ("aA", "aB", "aE"))
+    if not (len(A) == len(B) == 2 and A[0] == B[1] > 0 and (A[0], 1) == E):
+        raise Mismatch(f"{quoted(path)}: lora_A {list(A)}, lora_B {list(B)} and lora_E {list(E)} do not share a rank")
+    r, stored = A[0], load(parts["aA"])
+    wide = stored.astype("f4") if stored.dtype.itemsize < 4 else stored
+    alpha = float(config.get("lora_alpha") or 8) * r / (int(config.get("init_r") or 12) + 1e-5)
+    lora = registry.load("tuners", "lora")(r=r, alpha=alpha, transposed=bool(config.get("fan_in_fan_out")))
+    return Site(lora, {"A": wide * load(parts["aE"], wide.dtype), "B": parts["aB"]})
 
 
 def _without_embedding_names(path: str, parts: Parts) -> Parts:

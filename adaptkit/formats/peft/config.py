@@ -113,6 +113,11 @@ SCHEMAS: dict[str, dict[str, Check]] = {
         "encoder_dropout": _number,
     },
 }  # fmt: skip
+SCHEMAS["TRAINABLE_TOKENS"] = COMMON | TARGETS | {"token_indices": _tokens, "init_weights": _flag}
+SCHEMAS["ADALORA"] = SCHEMAS["LORA"] | {
+    **dict.fromkeys(("target_r", "init_r", "tinit", "tfinal", "deltaT", "total_step"), _anything),
+    **dict.fromkeys(("beta1", "beta2", "orth_reg_weight", "rank_pattern"), _anything),
+}
 # absent keys that change the numbers: say which default was taken
 DEFAULTS = {"LORA": {"r": 8, "lora_alpha": 8}}
 
@@ -133,7 +138,7 @@ def _check(config: dict[str, Any]) -> None:
     if _depth(config) > DEEPEST:
         raise Corrupt("nested too deep")
     kind = config.get("peft_type")
-    if kind is None and (other := _whose(config)):
+    if kind is None and (other := whose(config)):
         raise Mismatch(
             f"these are the settings of {other}, not of PEFT", hint="convert the adapter to PEFT's format first"
         )
@@ -145,7 +150,7 @@ def _check(config: dict[str, Any]) -> None:
         raise Mismatch(f"peft_type {quoted(kind)!r} is not supported ({', '.join(SCHEMAS)} are)")
     _types(config, SCHEMAS[kind])
     _unknown(config, SCHEMAS[kind])
-    if kind == "LORA":
+    if kind in ("LORA", "ADALORA"):
         _lora(config)
     for key, value in DEFAULTS.get(kind, {}).items():
         if key not in config:
@@ -153,7 +158,7 @@ def _check(config: dict[str, Any]) -> None:
             config[key] = value
 
 
-def _whose(config: dict[str, Any]) -> str | None:
+def whose(config: dict[str, Any]) -> str | None:
     """The program that writes such settings, for those that use the same file name."""
     marks = {"MLX": ("fine_tune_type", "lora_parameters"), "AdapterHub": ("model_class", "model_type", "hidden_size")}
     marks |= {

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ... import registry
 from ...adapter import Adapter, Site
-from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
+from ...errors import AdaptKitError, Corrupt, Mismatch, Usage, quoted, some
 from ...select import layer, matching
 from ...store import pickles
 from ...store.arrays import FLOATS, load
-from ...store.checkpoint import read_weights, warn
+from ...store.checkpoint import Checkpoint, read_json, read_weights, warn
 from ...store.entry import Entry
-from ..base import Format
+from ...store.shards import nearby
+from ..base import Format, Note
 from . import build
-from .config import read_config, with_heads
+from .config import read_config, whose, with_heads
 from .keys import Key, is_attention_output, parse
 from .patterns import unmatched
 from .write import write
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")  # the last one is torchtune's
 Parts = dict[str, Entry]
 
 
@@ -30,15 +33,30 @@ class Peft(Format):
     """PEFT: adapter_config.json beside adapter_model.safetensors or .bin."""
 
     name = "peft"
+    cannot = ("several kinds of tuner in one adapter", "another rsLoRA or dropout for each module")
 
     def sniff(self, path: Path) -> bool:
         if path.is_file():
-            return path.name in WEIGHTS
+            return path.name in WEIGHTS and not _foreign(path.parent)
+        path = _inner(path)
         if (path / "config.json").exists() and not (path / CONFIG).exists():
             return False
-        return (path / CONFIG).exists() or any((path / w).exists() for w in WEIGHTS)
+        return not _foreign(path) and ((path / CONFIG).exists() or any((path / w).exists() for w in WEIGHTS))
 
-    def read(self, path: Path) -> Adapter:
+    def adapted(self, entries: Mapping[str, Entry]) -> list[str]:
+        """The names among the tensors of a training run that are an adapter's."""
+        from . import state
+
+        return state.adapted(entries)
+
+    def taken(self, checkpoint: Checkpoint, settings: Path) -> tuple[Adapter, list[str]]:
+        """The adapter among the tensors of a training run, and the names that are not its own."""
+        from . import state
+
+        return state.taken(checkpoint, settings)
+
+    def read(self, path: Path, *, base: Path | None = None) -> Adapter:
+        path = _inner(path)
         folder = path if path.is_dir() else path.parent
         if not (folder / CONFIG).exists():
             raise Corrupt("not found", where=CONFIG, hint="without it the scale of the update is unknown")
@@ -48,6 +66,7 @@ class Peft(Format):
         if file.suffix != ".safetensors":
             pickles.check_crc(file)
         try:
+            _numbered(entries, folder)
             adapter = assemble(config, entries)
         except AdaptKitError as e:
             raise e.at(file.name) from None
@@ -55,18 +74,57 @@ class Peft(Format):
         adapter.meta |= {f"peft:{k}": v for k, v in metadata.items()}
         return adapter
 
-    def write(self, adapter: Adapter, path: Path, **how: Any) -> None:
+    def write(
+        self, adapter: Adapter, path: Path, *, base: Path | None = None, drop: Collection[str] = (), **how: Any
+    ) -> list[Note]:
+        if drop:
+            raise Usage("PEFT's format holds every kind; there is nothing to leave out", where="--drop")
         write(adapter, path, **how)
+        return []
+
+
+def _inner(path: Path) -> Path:
+    """The only adapter in a folder: PEFT saves one whose name is not "default" in a folder of that name."""
+    if not path.is_dir() or any((path / name).exists() for name in (CONFIG, "config.json", *WEIGHTS)):
+        return path
+    found = [p for p in path.iterdir() if (p / CONFIG).is_file() and any((p / w).is_file() for w in WEIGHTS)]
+    return found[0] if len(found) == 1 else path
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether the settings are those of another installed format that uses the same file name."""
+    try:
+        other = whose(read_json(folder / CONFIG)) or ""
+    except AdaptKitError:
+        return False  # damaged or not there: reading says which
+    return other.lower() in registry.names("formats")
+
+
+def _numbered(entries: Mapping[str, Entry], folder: Path) -> None:
+    """Raises Mismatch for tensors without numbers, which ZeRO-3 writes when nobody gathers the weights."""
+    empty = [name for name, e in entries.items() if not e.numel]
+    if not empty:
+        return
+    name = nearby(folder)
+    where = f"{folder.name}/{name}" if name else "the run's shards (global_step*/ or pytorch_model_fsdp_0/)"
+    raise Mismatch(
+        f"{len(empty)} of {len(entries)} tensors hold no numbers ({some(empty, 1)}): it was saved from a sharded run, and "
+        f"the numbers are in {quoted(where)}",
+        hint=f"adaptkit convert {quoted(where) if name else 'SHARDS'} --to peft",
+    )
 
 
 def _weights(folder: Path) -> Path:
     found = [folder / w for w in WEIGHTS if (folder / w).exists()]
     if not found:
+        name = nearby(folder)
         raise Corrupt(
-            f"holds {CONFIG} but no weights ({' or '.join(WEIGHTS)})", where=folder.name, hint="fetch it again"
+            f"holds {CONFIG} but no weights ({' or '.join(WEIGHTS[:2])})",
+            where=folder.name,
+            hint=f"the numbers are in {quoted(name)}: adaptkit convert --to peft" if name else "fetch it again",
         )
     if len(found) > 1:
-        warn(f"{folder.name} holds {WEIGHTS[0]} and {WEIGHTS[1]}; the first is read")
+        warn(f"{folder.name} holds {found[0].name} and {found[1].name}; the first is read")
     return found[0]
 
 
@@ -135,6 +193,8 @@ def _site(config: dict[str, Any], path: str, depth: int, parts: Parts, depths: l
         return path, build.tokens(config, path, parts)
     if config["peft_type"] == "IA3":
         return path, build.ia3(config, path, parts)
+    if config["peft_type"] == "ADALORA":
+        return path, build.adalora(config, path, parts)
     parameter = build.parameter(config, path, depth, depths)
     name = f"{path}.{parameter}" if parameter else path
     twice = any(is_attention_output(e.name) for e in parts.values())
@@ -147,12 +207,6 @@ def _nothing_left(config: dict[str, Any], modules: dict) -> None:
         raise Mismatch(f"{quoted(path)} has tensors that no {config['peft_type']} adapter holds")
 
 
-EMBEDDINGS = (
-    "embed_tokens embed_in embed_out lm_head wte word_embeddings shared embeddings tok_embeddings output "
-    "token_embedding embed_positions wpe"
-).split()
-
-
 def _justified(config: dict[str, Any], adapter: Adapter) -> None:
     """Every tensor outside the sites must be there for a reason that the settings give."""
     saved = [n for n in config.get("modules_to_save") or () if n]
@@ -163,7 +217,7 @@ def _justified(config: dict[str, Any], adapter: Adapter) -> None:
             continue
         if leaf == "bias" and config.get("bias", "none") != "none":
             continue
-        if leaf == "weight" and path.rpartition(".")[2] in EMBEDDINGS:
+        if leaf == "weight" and path.rpartition(".")[2] in build.EMBEDDINGS:
             continue
         raise Mismatch(
             f"{quoted(name)} is no part of a {config['peft_type']} adapter and not among modules_to_save",
@@ -171,7 +225,8 @@ def _justified(config: dict[str, Any], adapter: Adapter) -> None:
         )
     if config.get("bias", "none") != "none" and not any(n.endswith("bias") for n in adapter.whole):
         warn(f"the settings say bias={config['bias']!r}, but the file holds no bias")
-    unmatched(config, [n for n in adapter.sites if n])
+    if config["peft_type"] == "LORA":  # AdaLoRA keeps lists of what it pruned under the same key
+        unmatched(config, [n for n in adapter.sites if n])
     _covered(config, adapter)
 
 

@@ -1,4 +1,7 @@
-"""Writing PEFT adapters: one LoRA, IA3 or set of virtual tokens per folder, exact module paths, patterns where sites differ."""
+"""Writing PEFT adapters: one kind of tuner per folder, exact module paths, patterns where sites differ.
+
+Numbers keep the dtype they are stored in, if PEFT reads it and no other is asked for; others are written as float32.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +17,92 @@ import numpy as np
 
 from ...adapter import Adapter, Site
 from ...errors import Mismatch, quoted, some
-from ...store.arrays import dtype_of, load, rounded
+from ...store.arrays import FLOATS, NUMPY, load, rounded
 from ...store.disk import write_all
 from ...store.entry import Entry
 from ...store.output import Output
 from ...store.safetensors import header
-from .build import VIRTUAL
+from .build import EMBEDDINGS, REGISTERED, VIRTUAL
+from .config import COMMON, SCHEMAS
 from .keys import PREFIX
 from .patterns import exactly
 
-LORAS = ("lora", "dora")
+LORAS = ("lora", "dora", "pissa", "olora")
+STORED = {NUMPY[dtype]: dtype for dtype in FLOATS}
 Tensors = dict[str, np.ndarray]
 
 
 def write(adapter: Adapter, path: Path, *, dtype: str | None = None, **how: Any) -> None:
     """Write a folder with adapter_config.json and adapter_model.safetensors that appears whole.
 
-    dtype: of the factors, as safetensors spells it; tensors replaced outright then keep theirs. All are float32 when it
-    is left out.     how: overwrite, inputs, beside and made, as `_save` takes them.
+    dtype: of the factors, as safetensors spells it; tensors replaced outright keep theirs.
+    how: overwrite, inputs, beside and made, as `_save` takes them.
     Raises Mismatch for what PEFT's format cannot hold, Usage when the folder is not empty.
     """
     kind = _kind(adapter)
-    config, tensors = {"LORA": _lora, "IA3": _ia3}.get(kind, _virtual)(adapter)
+    config, tensors = {"LORA": _lora, "IA3": _ia3, "TOKENS": _tokens}.get(kind, _virtual)(adapter)
     if dtype is not None:
         tensors = {n: rounded(v, dtype) for n, v in tensors.items()}
-    prefix = PREFIX if kind in ("LORA", "IA3") else "base_model."
+    prefix = "base_model." if kind == "VIRTUAL" else PREFIX
     for name, value in adapter.whole.items():
-        whole = load(value, np.dtype("f4")) if dtype is None else value
-        tensors[prefix + _whole_name(adapter, name)] = whole
-    modules = sorted({n.rpartition(".")[0] for n in adapter.whole if not _is_loose(adapter, n)})
+        kept = isinstance(value, Entry) and value.dtype in FLOATS
+        tensors[prefix + _whole_name(name, adapter)] = value if kept else _array(value)
+    modules = sorted({n.rpartition(".")[0] for n in adapter.whole if _is_saved(n, adapter)})
     config |= {"modules_to_save": modules or None, "base_model_name_or_path": adapter.meta.get("base") or None}
-    config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
-    if any(_is_loose(adapter, n) for n in adapter.whole):
+    if any(_is_bias(n, adapter) for n in adapter.whole):
         config["bias"] = adapter.about["bias"]
+    config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
     _save(path, config, tensors, **how)
 
 
-def _is_loose(adapter: Adapter, name: str) -> bool:
-    """Whether a tensor is a bias that the setting `bias` accounts for, and no part of a module that is saved whole."""
-    path, _, leaf = name.rpartition(".")
-    trained = adapter.about.get("bias", "none") != "none" and leaf == "bias"
-    return trained and (path in adapter.sites or f"{path}.weight" not in adapter.whole)
+def _array(value: Any) -> np.ndarray:
+    """The numbers in their own dtype, where PEFT knows it, else in float32. Buffers of integers stay."""
+    array = load(value)
+    return array if array.dtype in STORED or array.dtype.kind in "iu" else array.astype("f4")
 
 
-def _whole_name(adapter: Adapter, name: str) -> str:
-    """A bias keeps its name, but the module that PEFT wraps around an adapted one comes between."""
+def _is_bias(name: str, adapter: Adapter) -> bool:
+    """Whether a tensor was trained because of the setting `bias`."""
     path, _, leaf = name.rpartition(".")
-    return f"{path}.base_layer.{leaf}" if _is_loose(adapter, name) and path in adapter.sites else name
+    if leaf != "bias" or adapter.about.get("bias", "none") in (None, "none"):
+        return False
+    mine = any(path.endswith(s) for s in adapter.about.get("modules_to_save") or ())
+    return not mine and (path in adapter.sites or f"{path}.weight" not in adapter.whole)
+
+
+def _is_saved(name: str, adapter: Adapter) -> bool:
+    """Whether a tensor is there because of the setting modules_to_save; PEFT saves grown embeddings without it."""
+    path = name.rpartition(".")[0]
+    if path in adapter.sites or _is_bias(name, adapter):
+        return False
+    saved = adapter.about.get("modules_to_save") or ()
+    grown = (
+        "peft_type" in adapter.about
+        and path.rpartition(".")[2] in EMBEDDINGS
+        and not any(path.endswith(s) for s in saved)
+    )
+    return not grown
+
+
+def _whole_name(name: str, adapter: Adapter) -> str:
+    """A replaced tensor of a module that is also adapted lies below PEFT's layer."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.base_layer.{leaf}" if path in adapter.sites and leaf in ("weight", "bias") else name
 
 
 def _kind(adapter: Adapter) -> str:
     kinds = Counter(s.tuner.name for s in adapter.sites.values())
-    if set(adapter.sites) == {""} and set(kinds) <= set(VIRTUAL.values()):
-        return "virtual"
-    tuners = set(kinds) - {"tokens"}
+    tuners = set(kinds) - {"tokens", "experts"}
+    if tuners <= set(VIRTUAL.values()) and list(adapter.sites) == [""]:
+        return "VIRTUAL"
+    if set(kinds) == {"tokens"}:
+        return "TOKENS"
     if tuners <= {"ia3"} and tuners:
         return "IA3"
-    if len(tuners) <= 1 and tuners <= set(LORAS) and "" not in adapter.sites:
+    if len(tuners) <= 1 and tuners <= set(LORAS) and (kinds or adapter.whole) and "" not in adapter.sites:
         return "LORA"
     raise Mismatch(
-        f"PEFT's format holds one LoRA, DoRA, IA3 or set of virtual tokens here, not {some(sorted(kinds))}",
+        f"PEFT's format holds one LoRA, DoRA or IA3 here, not {some(sorted(kinds)) or 'nothing'}",
         hint="write them apart",
     )
 
@@ -80,19 +110,35 @@ def _kind(adapter: Adapter) -> str:
 def _lora(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
     sites = {p: s for p, s in adapter.sites.items() if s.tuner.name != "tokens"}
     tokens = {p: s for p, s in adapter.sites.items() if s.tuner.name == "tokens"}
-    config = _settings(sites) | {"peft_type": "LORA", "target_modules": sorted(sites)}
+    sites = {p: _halved(p, s, sites) for p, s in sites.items()}
+    experts = sorted(p for p, s in sites.items() if s.tuner.name == "experts")
+    modules = sorted(p for p in sites if p not in experts and not _attention(p, sites))
+    config = _settings(sites, adapter.about) | {"peft_type": "LORA", "target_modules": modules}
+    config |= {"target_parameters": experts, "peft_version": adapter.about.get("peft_version")} if experts else {}
     tensors: Tensors = {}
     for path, site in sites.items():
         for letter, value in site.params.items():
-            tensors[PREFIX + _name(path, site, letter)] = _shaped(letter, load(value, np.dtype("f4")))
+            tensors[PREFIX + _name(path, site, letter, sites)] = _shaped(letter, _array(value))
     for path, site in tokens.items():
-        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = load(site.params["rows"], np.dtype("f4"))
+        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = _array(site.params["rows"])
     if tokens:
         config["trainable_token_indices"] = {p: load(s.params["index"]).tolist() for p, s in tokens.items()}
     return config, tensors
 
 
-def _settings(sites: dict[str, Site]) -> dict[str, Any]:
+def _attention(path: str, sites: dict[str, Site]) -> bool:
+    """Whether a site is the out_proj of an nn.MultiheadAttention that is adapted as one module."""
+    return path.endswith(".out_proj") and path.removesuffix(".out_proj") in sites
+
+
+def _halved(path: str, site: Site, sites: dict[str, Site]) -> Site:
+    """PEFT applies the update of such an out_proj twice, so its setting is half of what it does."""
+    if not _attention(path, sites):
+        return site
+    return Site(replace(site.tuner, alpha=site.tuner.alpha / 2), site.params)
+
+
+def _settings(sites: dict[str, Site], about: dict[str, Any]) -> dict[str, Any]:
     """What sites share, and patterns for those that differ."""
     tuners = {p: s.tuner for p, s in sites.items()}
     if not tuners:
@@ -117,8 +163,9 @@ def _settings(sites: dict[str, Site]) -> dict[str, Any]:
         "lora_bias": bool(biased),
         "lora_dropout": one.dropout,
         "bias": "none",
+        "ensure_weight_tying": bool(about.get("ensure_weight_tying")),
         "fan_in_fan_out": any(t.transposed and not t.embedding for t in tuners.values()),
-        "init_lora_weights": True,
+        "init_lora_weights": one.name if one.name in ("pissa", "olora") else True,
     }
 
 
@@ -126,7 +173,8 @@ def _plain(number: float) -> int | float:
     return int(number) if float(number).is_integer() else number
 
 
-def _name(path: str, site: Site, letter: str) -> str:
+def _name(path: str, site: Site, letter: str, sites: dict[str, Site]) -> str:
+    path = _wrapped(path, site, sites)
     if site.tuner.embedding and letter in "AB":
         return f"{path}.lora_embedding_{letter}"
     endings = {"A": "lora_A.weight", "B": "lora_B.weight", "c": "lora_B.bias", "m": "lora_magnitude_vector"}
@@ -135,19 +183,48 @@ def _name(path: str, site: Site, letter: str) -> str:
     return f"{path}.{endings[letter]}"
 
 
-def _shaped(letter: str, value: np.ndarray) -> np.ndarray:
-    return value.reshape(-1) if letter == "c" else value
+def _wrapped(path: str, site: Site, sites: dict[str, Site]) -> str:
+    """The path of PEFT's layer: parameters of one module are wrapped one in another, the first innermost."""
+    if _attention(path, sites):
+        return f"{path.removesuffix('.out_proj')}.base_layer.out_proj"
+    if site.tuner.name != "experts":
+        return path
+    home, _, leaf = path.rpartition(".")
+    mine = [
+        p.rpartition(".")[2] for p, s in sites.items() if s.tuner.name == "experts" and p.rpartition(".")[0] == home
+    ]
+    ordered = sorted(mine, key=lambda n: REGISTERED.index(n) if n in REGISTERED else -1)
+    return home + ".base_layer" * (len(ordered) - 1 - ordered.index(leaf))
+
+
+def _tokens(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
+    """Rows of embeddings alone; one list of tokens is for all of them."""
+    lists = [load(s.params["index"]).tolist() for s in adapter.sites.values()]
+    if any(tokens != lists[0] for tokens in lists):
+        raise Mismatch(f"{some(adapter.sites)} have different trained tokens, PEFT's format holds one list")
+    mine = adapter.about.get("peft_type") == "TRAINABLE_TOKENS"  # a tied head has rows, and is no target of its own
+    targets = adapter.about["target_modules"] if mine else sorted(adapter.sites)
+    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": targets, "token_indices": lists[0]}
+    return config, {f"{PREFIX}{p}.trainable_tokens_delta": _array(s.params["rows"]) for p, s in adapter.sites.items()}
 
 
 def _virtual(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
-    """Dimensions that are left out are the model's. PEFT halves the rows of an encoder-decoder, unless it is told not to."""
-    site = adapter.sites[""]
+    """Virtual tokens: their settings come from the file they were read from; else dimensions left out are the model's.
+
+    PEFT halves the rows of an encoder-decoder, unless it is told not to.
+    """
+    site, kind = adapter.sites[""], adapter.about.get("peft_type")
+    P, n = _array(site.params["P"]), site.tuner.tokens
+    if kind in VIRTUAL:
+        known = SCHEMAS[kind].keys() - COMMON.keys()
+        return {k: v for k, v in adapter.about.items() if k in known} | {"peft_type": kind}, {"prompt_embeddings": P}
     kind = next(k for k, v in VIRTUAL.items() if v == site.tuner.name)
-    P, n = load(site.params["P"], np.dtype("f4")), site.tuner.tokens
-    config: dict[str, Any] = {"peft_type": kind, "num_virtual_tokens": n}
-    if site.tuner.name != "prefix":
-        config["num_transformer_submodules"] = len(P) // n
-    return config, {"prompt_embeddings": P}
+    parts = {} if site.tuner.name == "prefix" else {"num_transformer_submodules": len(P) // n}
+    return {"peft_type": kind, "num_virtual_tokens": n, **parts}, {"prompt_embeddings": P}
+
+
+def _shaped(letter: str, value: np.ndarray) -> np.ndarray:
+    return value.reshape(-1) if letter == "c" else value
 
 
 def _ia3(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
@@ -158,11 +235,18 @@ def _ia3(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
     config |= {"fan_in_fan_out": any(s.tuner.transposed for s in adapter.sites.values()), "init_ia3_weights": True}
     tensors = {}
     for path, site in adapter.sites.items():
-        l = load(site.params["l"], np.dtype("f4"))
+        l = _array(site.params["l"])
         tensors[f"{PREFIX}{path}.ia3_l"] = (
             l if l.ndim > 1 else l.reshape((1, -1) if site.tuner.feedforward else (-1, 1))
         )
     return config, tensors
+
+
+def _dtype(value: np.ndarray | Entry) -> str:
+    """As safetensors spells it."""
+    if isinstance(value, Entry):
+        return value.dtype
+    return STORED.get(value.dtype) or {"int64": "I64", "int32": "I32"}[value.dtype.name]
 
 
 def _save(
@@ -177,12 +261,16 @@ def _save(
 ) -> None:
     """inputs: folders that the output must stay out of.   beside: (file, name) to copy.   made: for adaptkit.json."""
     arrays = {n: tensors[n] for n in sorted(tensors)}
-    head = header(((n, dtype_of(a), a.shape, a.nbytes) for n, a in arrays.items()), {"format": "pt"})
+    head = header(((n, _dtype(a), a.shape, a.nbytes) for n, a in arrays.items()), {"format": "pt"})
     settings = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     size = len(head) + sum(a.nbytes for a in arrays.values())
     plan = hashlib.sha256(settings + head)
     for a in arrays.values():
-        plan.update(repr((a.file, a.offset)).encode() if isinstance(a, Entry) else np.ascontiguousarray(a).view("u1"))
+        plan.update(
+            repr((a.file, a.offset)).encode()
+            if isinstance(a, Entry)
+            else np.ascontiguousarray(a).reshape(-1).view("u1")
+        )
     need = size + len(settings) + sum(file.stat().st_size for file, _ in beside)
     files, places = 2 + len(beside), {"inputs": inputs, "overwrite": overwrite}
     with Output(path, plan=plan.hexdigest(), need=need, files=files, **places) as out:

@@ -1,0 +1,330 @@
+"""convert: the same numbers in another format. Every tensor of the source is written, or named in the report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..adapter import Adapter
+from ..engines.containers import CONTAINERS, index, index_name
+from ..engines.copying import copied
+from ..engines.local import Local
+from ..engines.plan import Plan
+from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
+from ..formats.base import Note
+from ..formats.base import read as read_adapter
+from ..formats.base import write as write_adapter
+from ..formats.cast import cast
+from ..formats.servers import SERVERS, prepared
+from ..store import dcp_safetensors, disk
+from ..store.checkpoint import Checkpoint, open_checkpoint, read_weights, unchanged
+from ..store.destination import checked
+from ..store.output import Output
+from ..store.shards import open_shards
+from .detect import ADAPTERS, SHARDED, WHOLE, detect, strange
+from .inputs import dtype_of, size_of
+from .merge import _Counter, _json, check_pickles
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Converted:
+    """What a conversion did.
+
+    sites: adapted modules, 0 for whole checkpoints.    tensors: written.    bytes: of weights.    seconds: it took.
+    notes: whatever was folded, padded, dropped, kept or renamed on the way.
+    """
+
+    output: Path
+    source_format: str
+    target: str
+    sites: int
+    tensors: int
+    notes: list[Note] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+    files: list[str] = field(default_factory=list)
+    resumed: int = 0
+    written: bool = True
+
+
+@dataclass
+class _Wish:
+    """What was asked for, checked."""
+
+    source: Path
+    output: Path
+    to: str
+    source_format: str
+    base: Path | None
+    config: Path | None
+    dtype: str | None
+    limit: int | None
+    server: str | None
+    drop: tuple[str, ...]
+    overwrite: bool
+    dry_run: bool
+    progress: Progress | None
+    start: float
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    from_: str | None = None,
+    base: str | Path | None = None,
+    config: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    for_: str | None = None,
+    drop: Sequence[str] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Convert an adapter or a whole checkpoint into another format.
+
+    source: a file or folder; what it is shows in its contents, from_ says it where they can be read in two ways.
+    output: a folder, or a file for formats of one file; it appears when it is complete.
+    to: "safetensors" or "pytorch" change the container; the name of an adapter format writes an adapter.
+    base: the model an adapter is for, or the folder with config.json for shards that have none beside them.
+    config: adapter_config.json, for adapters in shards that have none beside them.
+    dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's.    max_shard_size: "5GB"; None keeps the files.
+    for_: "vllm", "sglang", "trtllm" or "ollama": write what that server reads.    drop: kinds of parts to leave out.
+    dry_run: report, and write nothing.    progress: called with (bytes, of bytes).
+
+    Raises Usage, Corrupt, Mismatch, Unsafe or System, before a byte is written wherever that can be known.
+    """
+    start = time.monotonic()
+    path = Path(source)
+    found = from_ or detect(path)
+    wish = _Wish(
+        path, Path(output), _target(to, for_), _known(found, "--from"), Path(base) if base else None,
+        Path(config) if config else None, dtype_of(dtype), size_of(max_shard_size), for_, tuple(kind for words in drop for kind in words.split(",")), overwrite,
+        dry_run, progress, start,
+    )  # fmt: skip
+    if not path.exists():
+        raise Usage("not found", where=path, hint="give a folder or a file")
+    for given, option in ((wish.base, "--base"), (wish.config, "--config")):
+        if given is not None and not given.exists():
+            raise Usage("not found", where=option)
+    return _whole(wish) if wish.to in CONTAINERS else _adapter(wish)
+
+
+def _target(to: str, server: str | None) -> str:
+    if server is not None and server not in SERVERS:
+        raise Usage(f"{quoted(server)!r} is not one of {', '.join(SERVERS)}", where="--for")
+    to = _known(to, "--to")
+    if to in SHARDED:
+        raise Usage(f"{to} can only be read", where="--to", hint="use safetensors")
+    if server is not None and to not in SERVERS[server].formats:
+        raise Usage(f"{server} reads {' or '.join(SERVERS[server].formats)}", where="--to")
+    return to
+
+
+def _known(name: str, option: str) -> str:
+    names = [*registry.names("formats"), *WHOLE, *(SHARDED if option == "--from" else ())]
+    if name not in names:
+        raise Usage(f"{quoted(name)!r} is not one of {', '.join(names)}", where=option)
+    return name
+
+
+# whole checkpoints
+
+
+def _whole(wish: _Wish) -> Converted:
+    for given, option in ((wish.drop, "--drop"), (wish.config, "--config")):
+        if given:
+            raise Usage(f"is for adapters, --to {wish.to} copies every tensor", where=option)
+    checkpoint = opened(wish.source, wish.source_format)
+    base = wish.base if wish.base is None or wish.base.is_dir() else wish.base.parent
+    plan, said = copied(checkpoint, CONTAINERS[wish.to], wish.dtype, wish.limit, base)
+    plan.options = {"verb": "convert", "to": wish.to, "dtype": wish.dtype, "max_shard_size": wish.limit}
+    notes = [Note(*n) for n in said] + [Note("dropped", wish.source.name, text) for text in checkpoint.notes]
+    notes += _inside(checkpoint)
+    tensors = len(plan.targets) + len(plan.aliases)
+    done = Converted(wish.output, wish.source_format, wish.to, 0, tensors, notes, plan.nbytes, files=list(plan.files))
+    inputs = [wish.source, *([wish.base] if wish.base else [])]
+    if wish.dry_run:
+        Output(wish.output, plan=plan.fingerprint(), need=plan.need, inputs=inputs, overwrite=wish.overwrite)
+        done.written = False
+        return done
+    _write(plan, wish, done, inputs)
+    done.seconds = time.monotonic() - wish.start
+    return done
+
+
+def opened(path: Path, kind: str) -> Checkpoint:
+    """Whatever holds tensors, as a checkpoint: a model, shards, or an adapter's folder."""
+    if kind in SHARDED:
+        return open_shards(path)
+    if path.is_dir() and (held := [path / n for n in ADAPTERS if (path / n).is_file()]) and kind not in WHOLE:
+        entries, metadata = read_weights(held[0])
+        return Checkpoint(path, path, entries, [held[0]], {held[0].name: metadata})
+    if path.is_file() and path.parent.is_dir() and path in dcp_safetensors.files(path.parent):
+        raise Usage("holds slices of tensors, as other files beside it", where=path, hint="give the folder")
+    return open_checkpoint(path)
+
+
+def _inside(checkpoint: Checkpoint) -> list[Note]:
+    """A word on an adapter among the tensors of shards."""
+    mine = _peft().adapted(checkpoint.entries) if checkpoint.shards else []
+    text = f"{len(mine)} tensors are an adapter's; --to peft writes them as one"
+    return [Note("kept", checkpoint.path.name, text)] if mine else []
+
+
+def _write(plan: Plan, wish: _Wish, done: Converted, inputs: list[Path]) -> None:
+    local = Local(None, _Counter(plan.nbytes, wish.progress))
+    out = Output(
+        wish.output,
+        plan=plan.fingerprint(),
+        need=plan.need,
+        inputs=inputs,
+        overwrite=wish.overwrite,
+        files=len(plan.files),
+    )
+    if not plan.checkpoint.shards:
+        check_pickles(plan.checkpoint, later=[t.source for t in plan.targets if t.copied])
+    with out:
+        local.write(plan, out)
+        _beside(plan, wish.to, out)
+        unchanged(plan.stamps)
+        done.notes += [
+            Note("rounded", n, f"{c:,} numbers became zero in {wish.dtype}") for n, c in local.flushed.items()
+        ]
+        done.resumed = out.resumed
+        made = {k: v for k, v in plan.options.items() if v is not None}
+        out.publish({"adaptkit": version("adaptkit"), "made": made, "source": wish.source.name})
+    if total := sum(local.flushed.values()):
+        text = f"{total:,} numbers in {len(local.flushed)} tensors became zero in {wish.dtype}"
+        warnings.warn(text, AdaptKitWarning, stacklevel=2)
+    for text in local.warnings:
+        warnings.warn(text.replace("the base holds", "holds"), AdaptKitWarning, stacklevel=2)
+
+
+def _beside(plan: Plan, to: str, out: Output) -> None:
+    """Index, config and the files that go with the model."""
+    for source, name in plan.extras:
+        if not out.done(name) and not (name == "config.json" and plan.config is not None):
+            out.copy(source, name)
+    if plan.config is not None:
+        _json(out, "config.json", plan.config)
+    if table := index(plan.files, plan.aliases):
+        _json(out, index_name(plan.checkpoint, CONTAINERS[to]), table)
+
+
+# adapters
+
+
+def _adapter(wish: _Wish) -> Converted:
+    if wish.limit is not None:
+        raise Usage("is for whole checkpoints", where="--max-shard-size")
+    adapter, notes = _read(wish)
+    if wish.server:
+        adapter, more = prepared(adapter, wish.server, wish.drop, wish.base)
+        notes += more
+    if wish.dtype:
+        notes += cast(adapter, wish.dtype)
+    tensors = sum(len(s.params) for s in adapter.sites.values()) + len(adapter.whole)
+    done = Converted(wish.output, wish.source_format, wish.to, len(adapter.sites), tensors, notes)
+    _place(wish)
+    if wish.dry_run:
+        done.written = False
+        return done
+    done.notes += _written(adapter, wish)
+    done.bytes = _size(wish.output)
+    done.seconds = time.monotonic() - wish.start
+    return done
+
+
+def _read(wish: _Wish) -> tuple[Adapter, list[Note]]:
+    """The adapter, and what was left of the source."""
+    if wish.source_format not in (*WHOLE, *SHARDED):
+        return read_adapter(wish.source, wish.source_format, base=wish.base), []
+    checkpoint = opened(wish.source, wish.source_format)
+    if not _peft().adapted(checkpoint.entries):
+        if odd := strange(checkpoint.entries):
+            text = f"holds an adapter that no installed format reads ({some(odd, 1)})"
+            raise Mismatch(text, where=wish.source, hint="say what it is with --from, if one of adaptkit plugins fits")
+        hint = (
+            "--to safetensors or pytorch converts models"
+            if checkpoint.shards
+            else "adaptkit extract makes an adapter of one"
+        )
+        raise Usage("this is a model, not an adapter", where=wish.source, hint=hint)
+    adapter, left = _peft().taken(checkpoint, _settings(wish, checkpoint))
+    notes = [Note("dropped", wish.source.name, text) for text in checkpoint.notes]
+    if left:
+        notes.append(Note("dropped", wish.source.name, f"{len(left)} tensors of the base model ({some(left)})"))
+    return adapter, notes
+
+
+def _peft() -> Any:
+    """The format whose names trainers give to an adapter's tensors."""
+    return registry.load("formats", "peft")()
+
+
+def _settings(wish: _Wish, checkpoint: Checkpoint) -> Path:
+    folders = [wish.config, checkpoint.root, wish.source if wish.source.is_dir() else None, wish.base]
+    for place in folders:
+        file = place / "adapter_config.json" if place is not None and place.is_dir() else place
+        if file is not None and file.name.endswith(".json") and file.is_file():
+            return file
+    raise Usage(
+        "holds an adapter, but no adapter_config.json lies beside it, and without that its scale is unknown",
+        where=wish.source,
+        hint="give it with --config",
+    )
+
+
+def _place(wish: _Wish) -> None:
+    """Where an adapter may be written: raises Usage before anything is."""
+    suffix = registry.load("formats", wish.to).suffix
+    if suffix and not wish.output.name.endswith(suffix):
+        raise Usage(f"{wish.to} is one file", where=wish.output, hint=f"call it {wish.output.name}{suffix}")
+    if not suffix:
+        checked(wish.output, [wish.source], wish.overwrite)
+    elif wish.output.is_dir():
+        raise Usage("is a folder", where=wish.output, hint=f"{wish.to} is one file: choose another name")
+    elif wish.output.exists():
+        if wish.output.samefile(wish.source):
+            raise Usage("is also the input", where=wish.output, hint="choose another output")
+        if not wish.overwrite:
+            raise Usage("exists", where=wish.output, hint="choose another output or use --overwrite")
+
+
+def _written(adapter: Adapter, wish: _Wish) -> list[Note]:
+    """Write, beside the old output where there is one, and swap the two at the end."""
+    options: dict[str, Any] = {"base": wish.base, "drop": () if wish.server else wish.drop}
+    if not wish.overwrite or not wish.output.exists():
+        return write_adapter(adapter, wish.output, wish.to, **options)
+    fresh = wish.output.with_name(f"{wish.output.stem}.new{wish.output.suffix}")
+    if fresh.exists():
+        raise Usage("is in the way", where=fresh, hint="delete it")
+    notes = write_adapter(adapter, fresh, wish.to, **options)
+    if not fresh.is_dir():
+        os.replace(fresh, wish.output)
+    elif disk.exchange(fresh, wish.output):
+        shutil.rmtree(fresh)
+    else:
+        raise Mismatch(
+            "cannot be replaced in one step on this file system", where=wish.output, hint=f"the new one is {fresh}"
+        )
+    disk.sync_folder(wish.output.absolute().parent)
+    return notes
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
