@@ -15,7 +15,7 @@ HOMES = {
     "combine": "verbs.combine", "resize": "verbs.resize",
     "convert": "verbs.convert",
     "attach": "live.attach", "detach": "live.attach", "write": "formats.base", "live": "live",
-    "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
+    "pull": "verbs.pull", "push": "verbs.push", "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
 }  # fmt: skip
 __all__ = sorted(HOMES)
 

@@ -10,7 +10,8 @@ import pytest
 from places import FIXTURES
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may look for the Hub
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread per worker: threads of two workers that wait for each other on two cores take a hundred times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,27 @@ def fixtures() -> Path:
 def inputs() -> dict:
     """The inputs that every expected.npy was computed from."""
     return json.loads((FIXTURES / "inputs.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def _server():
+    from hub.server import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(_server):
+    """An empty Hub on the loopback interface."""
+    _server.reset()
+    return _server
+
+
+@pytest.fixture
+def shell(hub, tmp_path):
+    """adaptkit as a command, with an empty home, that knows no other Hub."""
+    from hub.running import Shell
+
+    return Shell(hub, tmp_path)

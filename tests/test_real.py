@@ -29,14 +29,12 @@ pytestmark = [
 # number of the file -> (words of the refusal, what the refusal claims, as a function of the file's text)
 MLX = ("settings of MLX", lambda text: "peft_type" not in json.loads(text) and "lora_parameters" in json.loads(text))
 HUB = ("settings of AdapterHub", lambda text: "peft_type" not in json.loads(text) and json.loads(text)["model_class"])
-ADA = ("peft_type 'ADALORA' is not supported", lambda text: json.loads(text)["peft_type"] == "ADALORA")
 REFUSED_CONFIGS = {
     **dict.fromkeys(
         ("018", "026", "028", "058", "060", "076", "086", "098", "112", "152", "212", "216", "252", "254"), MLX
     ),
     **dict.fromkeys(("272", "278", "320"), MLX),
     **dict.fromkeys(("030", "158"), HUB),
-    **dict.fromkeys(("236", "238"), ADA),
     "174": ("does not say peft_type", lambda text: json.loads(text)["framework"] == "jax-tunix-qwix"),
     "214": ("git-lfs pointer", lambda text: text.startswith("version https://git-lfs.github.com/spec/v1")),
     "280": ("enable_lora", lambda text: json.loads(text)["enable_lora"] == [True, False, True]),
@@ -44,17 +42,17 @@ REFUSED_CONFIGS = {
 }
 
 # number of the folder -> (transformers config, sizes that the adapter touches as it was trained, the others small; head)
-CAUSAL = "AutoModelForCausalLM"
+CAUSAL, SEQ = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 SMALL = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 GPT2 = {**SMALL, "n_positions": 16}
 T5 = {"vocab_size": 64, "d_model": 512, "d_ff": 64}
 BASES = {
     "02": ("GPT2Config", {**GPT2, "n_layer": 6, "n_inner": 64}, CAUSAL),
     "04": ("GPT2Config", {**GPT2, "n_layer": 8}, CAUSAL),
-    "05": ("GPT2Config", {**GPT2, "n_layer": 12, "n_inner": 64}, "AutoModelForSequenceClassification"),
+    "05": ("GPT2Config", {**GPT2, "n_layer": 12, "n_inner": 64}, SEQ),
     "09": ("GPT2Config", {**GPT2, "n_layer": 12, "n_inner": 64}, CAUSAL),
     "13": ("BertConfig", {**SMALL, "intermediate_size": 64}, "AutoModelForQuestionAnswering"),
-    "15": ("DistilBertConfig", {**SMALL, "hidden_dim": 64}, "AutoModelForSequenceClassification"),
+    "15": ("DistilBertConfig", {**SMALL, "hidden_dim": 64}, SEQ),
     "27": (
         "T5Config",
         {**T5, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
@@ -62,12 +60,16 @@ BASES = {
     ),
     "28": ("T5Config", {**T5, "num_layers": 6, "num_heads": 8}, "AutoModelForSeq2SeqLM"),
     "32": ("GPTNeoXConfig", {**SMALL, "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 6}, CAUSAL),
+    "39": (
+        "BertConfig",
+        {**SMALL, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5},
+        SEQ,
+    ),
     "43": ("BloomConfig", {**SMALL, "hidden_size": 1536, "n_layer": 24, "n_head": 16}, CAUSAL),
 }
 VIT = ("ViTConfig", {"image_size": 32, "intermediate_size": 64}, "AutoModelForImageClassification")
 FOREIGN = ("recognises it", 4)
 REFUSED = {
-    "39": ("peft_type 'ADALORA' is not supported", 4),
     "46": ("virtual tokens [12, 1536], the embedding transformer.wte.weight is [64, 16]", 4),
     "57": ("settings of MLX, not of PEFT", 4),
     **dict.fromkeys(("58", "61", "62", "63", "70", "71", "77", "84", "85"), FOREIGN),
@@ -292,7 +294,6 @@ def test_what_the_refusals_of_real_adapters_claim_is_so():
     foreign = [n for n, refusal in REFUSED.items() if refusal == FOREIGN]
     assert not [n for n in foreign if list(ADAPTERS[n].glob("adapter_*"))]
     assert torch.load(ADAPTERS["82"] / "adapter_model.bin", weights_only=True) == {}
-    assert json.loads((ADAPTERS["39"] / "adapter_config.json").read_text())["peft_type"] == "ADALORA"
     assert json.loads((ADAPTERS["46"] / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
 
 

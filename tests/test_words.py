@@ -28,7 +28,7 @@ VERB_ONLY = {  # what a verb has and its command has not
 OTHER_WORD = {"adapter": "adapters", "from": "from_", "for": "for_"}  # given once for each; words that Python keeps
 PYTHON_ONLY = {"plan"}  # verbs without a command: `merge --dry-run`
 CONTRACT = {  # the options that people were promised
-    "merge": "output weights dtype device max-shard-size engine workers overwrite dry-run json quiet",
+    "merge": "output weights dtype device max-shard-size engine workers overwrite dry-run json quiet push streaming",
     "unmerge": "output",
     "combine": "output method weights rank clamp density majority-sign seed",
     "resize": "output rank energy max-rank",
@@ -39,13 +39,15 @@ CONTRACT = {  # the options that people were promised
     "targets": "target-modules layers layers-pattern exclude-modules",
     "verify": "base adapter sample",
     "pull": "output",
-    "push": "private revision create-pr",
+    "push": "private revision create-pr message",
     "plugins": "",
 }
 NOT_YET: dict[str, set[str]] = {}  # promised, and not there: to be emptied
 LIGHT = {
     "--help": ["--help"],
     "merge --help": ["merge", "--help"],
+    "pull --help": ["pull", "--help"],
+    "push --help": ["push", "--help"],
     "inspect": ["inspect", str(FIXTURES / "adapters" / "llama" / "lora")],
     "targets": ["targets", str(FIXTURES / "models" / "llama")],
     "plugins": ["plugins"],
@@ -138,7 +140,7 @@ def test_a_quick_command_imports_nothing_slow(name: str):
     """torch takes more than a second to import; who asks for help or looks into an adapter does not wait for it."""
     code = (
         "import json, sys; from adaptkit.cli.app import run; code = run(json.loads(sys.argv[1]));"
-        "print(code, sorted({'torch', 'transformers', 'peft'} & sys.modules.keys()), file=sys.stderr)"
+        "print(code, sorted({'torch', 'transformers', 'peft', 'huggingface_hub'} & sys.modules.keys()), file=sys.stderr)"
     )
     env = {**os.environ, "ADAPTKIT_NO_PLUGINS": "1"}
     command = [sys.executable, "-c", code, json.dumps(LIGHT[name])]

@@ -26,6 +26,8 @@ COMMANDS = {
     "convert": "Convert an adapter or a whole checkpoint into another format.",
     "inspect": "Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.",
     "targets": "Show which modules of a model a selection hits.",
+    "pull": "Pull a model or an adapter from the Hub: config, one kind of weights and tokenizer.",
+    "push": "Push a model or an adapter to the Hub, in one commit or one pull request.",
     "plugins": "List the installed tuners and formats.",
 }
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -113,7 +115,7 @@ def run(args: list[str]) -> int:
             code = code if isinstance(code, int) else 0
         except BaseException as e:
             if debug:
-                traceback.print_exc()
+                print(TOKEN.sub("hf_...", traceback.format_exc()), file=sys.stderr)
             return _failed(e)
         finally:
             if previous is not None:

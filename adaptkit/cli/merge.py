@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,30 @@ from .progress import bar
 
 @click.command("merge")
 @click.argument("base")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@words.output
+@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
+@partial(words.output, required=False)
+@words.hub
 @words.weights
 @words.writing
 @click.option("--allow-nonfinite", is_flag=True, help="Keep going when a merged number is NaN or infinite.")
 @click.option("--dry-run", is_flag=True, help="Show what would change, by how much memory and disk, and write nothing.")
 @words.printing
 def command(
-    base: str, adapters: tuple[str, ...], output: Path, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+    base: str, adapters: tuple[str, ...], output: Path | None, dry_run: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Merge adapters into a base model, on files.
 
-    BASE is a model folder or weight file, ADAPTER a folder or file. OUT appears when it is complete; a run that was
-    stopped goes on when the same command is run again.
+    BASE is a model folder or weight file, ADAPTER a folder or file; both may be Hub ids. Given one ADAPTER alone, the
+    base is read from its settings. OUT appears when it is complete; a run that was stopped goes on when the same
+    command is run again.
 
     \b
     Examples:
       adaptkit merge llama/ my-lora/ -o merged/
       adaptkit merge llama/ style/ facts/ -o merged/ --weights 0.7,0.3
       adaptkit merge llama/ my-lora/ -o merged/ --dry-run
+      adaptkit merge user/my-lora -o merged/
+      adaptkit merge user/llama user/my-lora --push user/merged --streaming
     """
     if dry_run:
         _rehearse(base, adapters, output, as_json, options)
@@ -40,7 +45,7 @@ def command(
     from ..verbs.merge import merge
 
     with bar("merging", not quiet and not as_json) as progress:
-        merged = merge(base, list(adapters), output, progress=progress, **options)
+        merged = merge(base, list(adapters) or None, output, progress=progress, **options)
     if as_json:
         click.echo(words.as_json(merged))
     elif not quiet:
@@ -54,17 +59,20 @@ def sentence(did: str, merged: Any) -> str:
     ids = f", {len(merged.virtual)} virtual tokens in front" if merged.virtual else ""
     again = f", {merged.resumed} files were there already" if merged.resumed else ""
     speed = f"{merged.bytes / max(merged.seconds, 1e-9) / 1e9:.2f} GB/s"
+    again += f"; pushed to {merged.pushed}" if merged.pushed and merged.output else ""
     return (
-        f"{did} {len(merged.changed)} of {merged.tensors} tensors into {merged.output} "
+        f"{did} {len(merged.changed)} of {merged.tensors} tensors into {merged.output or merged.pushed} "
         f"({words.human(merged.bytes)}, {merged.seconds:.1f} s, {speed}{lost}{ids}{again})"
     )
 
 
-def _rehearse(base: str, adapters: tuple[str, ...], output: Path, as_json: bool, options: dict[str, Any]) -> None:
+def _rehearse(
+    base: str, adapters: tuple[str, ...], output: Path | None, as_json: bool, options: dict[str, Any]
+) -> None:
     from ..verbs.plan import plan
 
     known = ("weights", "dtype", "max_shard_size", "workers", "overwrite")
-    found = plan(base, list(adapters), output, **{k: options[k] for k in known})
+    found = plan(base, list(adapters) or None, output, **{k: options[k] for k in known})
     if as_json:
         click.echo(words.as_json(found))
         return

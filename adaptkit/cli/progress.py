@@ -20,6 +20,8 @@ def bar(text: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from ..store.hub import talk
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -34,7 +36,12 @@ def bar(text: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
             _note(done, total)
             shown_bar.update(task, completed=done, total=total)
 
-        yield update
+        update.label = lambda words: shown_bar.update(task, description=words)  # what is going on now
+        talk.on_wait.append(update.label)
+        try:
+            yield update
+        finally:
+            talk.on_wait.remove(update.label)
 
 
 def _note(done: int, total: int) -> None:

@@ -31,10 +31,21 @@ class Weights(click.ParamType):
             ) from None
 
 
-def output(f: Callable) -> Callable:
+def output(f: Callable, required: bool = True) -> Callable:
     return click.option(
-        "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make."
+        "-o", "--output", required=required, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make."
     )(f)
+
+
+def hub(f: Callable) -> Callable:
+    """Options of a merge that goes to the Hub."""
+    for option in reversed((
+        click.option("--push", metavar="USER/NAME", help="Push the result to the Hub, too; a branch is given as USER/NAME@BRANCH."),
+        click.option("--private", is_flag=True, help="Make that repository private, when it is new."),
+        click.option("--streaming", is_flag=True, help="Shard by shard from the Hub to the Hub, without OUT; needs --push."),
+    )):  # fmt: skip
+        f = option(f)
+    return f
 
 
 def weights(f: Callable) -> Callable:

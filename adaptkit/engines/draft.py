@@ -16,6 +16,7 @@ from ..store.arrays import WORDS, load, shape_of
 from ..store.checkpoint import Checkpoint
 from ..store.conversions import Edge
 from ..store.entry import Entry
+from ..store.hub import called
 from ..store.names import direct, locate, prefixes
 from ..store.quantised import refuse_quantised
 from . import checks, layout, soft
@@ -70,7 +71,7 @@ def draft(
                 _sites(d, adapter, weight, i)
             checks.coverage(adapter, d.targets)
         except AdaptKitError as e:
-            raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
+            raise e.at(called(Path(adapter.meta.get("path", "adapter")))) from None
     if prompt is None:
         _order(d)
     d.config = ends.grown(d.targets, d.config, adapters)

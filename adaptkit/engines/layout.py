@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from ..store.checkpoint import Checkpoint
 from .plan import Target
@@ -76,6 +77,16 @@ def metadata(checkpoint: Checkpoint, files: dict[str, list[Target]]) -> dict[str
     turned = {v: k for k, v in said.items() if k in held and v not in held and v in checkpoint.entries}
     kept = {k: v for k, v in said.items() if k not in held} | turned
     return {name: {**kept, "format": kept.get("format", "pt")} for name in files}
+
+
+def same_file(checkpoint: Checkpoint, targets: list[Target], said: dict[str, str]) -> Path | None:
+    """The base's file that an output file is, when nothing in it changes: its header is then kept as it is, too."""
+    sources = {getattr(t.source, "file", None) for t in targets if t.copied and not t.replaced}
+    file = sources.pop() if len(sources) == 1 and all(t.copied and not t.replaced for t in targets) else None
+    if file not in checkpoint.files or checkpoint.metadata.get(file.name) != said:
+        return None
+    held = [e for e in checkpoint.entries.values() if e.file == file]
+    return file if held == [t.source for t in targets] and [e.name for e in held] == [t.name for t in targets] else None
 
 
 def index(files: dict[str, list[Target]]) -> dict | None:

@@ -28,8 +28,10 @@ from ..store.crc import combined
 from ..store.disk import DIRECT, fd_is_direct, write_all
 from ..store.entry import Entry
 from ..store.output import Output
+from ..store.safepaths import read_small
 from ..store.safetensors import header
 from ..store.torchzip import Layout, laid_out
+from . import layout
 from .blocks import LIMITS, Survival, Tensor, Workspace, became_zero, in_range, looked, started, whole
 from .plan import Plan, Target
 
@@ -80,20 +82,24 @@ def shard(
     metadata: dict[str, str],
     device: Any = None,
     aliases: Mapping[str, str] | None = None,
+    head: bytes | None = None,
     **options: Any,
 ) -> Shard:
-    """The layout of one file, and how its tensors are computed. aliases: further names of tensors, in PyTorch files."""
+    """The layout of one file, and how its tensors are computed.
+
+    aliases: further names of tensors, in PyTorch files.    head: of a safetensors file, made here when left out.
+    """
     tensors = [_computed(t, device, **options) for t in targets]
     described = [(t.name, t.dtype, t.shape, t.nbytes) for t in targets]
     if not name.endswith(".safetensors"):
         mine = {alias: kept for alias, kept in (aliases or {}).items() if kept in {t.name for t in targets}}
-        layout = laid_out(described, mine, Path(name).name.rpartition(".")[0])
-        pieces = [*zip(layout.tensors, tensors, strict=True), *((at, Text(raw)) for at, raw in layout.texts)]
+        form = laid_out(described, mine, Path(name).name.rpartition(".")[0])
+        pieces = [*zip(form.tensors, tensors, strict=True), *((at, Text(raw)) for at, raw in form.texts)]
         pieces.sort(
             key=lambda piece: (piece[0], piece[1].nbytes)
         )  # a tensor without numbers begins where a header does
-        return Shard(name, [p for _, p in pieces], [at for at, _ in pieces], layout.size, layout)
-    pieces = [Text(header(described, metadata)), *tensors]
+        return Shard(name, [p for _, p in pieces], [at for at, _ in pieces], form.size, form)
+    pieces = [Text(head or header(described, metadata)), *tensors]
     starts = [0, *accumulate(p.nbytes for p in pieces)]
     return Shard(name, pieces, starts[:-1], starts[-1])
 
@@ -143,9 +149,11 @@ class Local:
                         self.survival.add(Survival(**record.get("rounding", {})))
                         self.flushed |= record.get("flushed", {})
                         continue
-                    ready = [spill.ready(t) for t in targets]
                     said = plan.metadata.get(name, {"format": "pt"})
-                    options = {"aliases": plan.aliases, "allow_nonfinite": self.allow_nonfinite}
+                    same = layout.same_file(plan.checkpoint, targets, said)
+                    head = read_small(same, min(t.source.offset for t in targets)) if same else None
+                    ready = [spill.ready(t) for t in targets]
+                    options = {"aliases": plan.aliases, "head": head, "allow_nonfinite": self.allow_nonfinite}
                     self._file(shard(name, ready, said, self.device, **options), out, pool)
                     spill.rewind()
             finally:

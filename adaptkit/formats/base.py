@@ -54,7 +54,7 @@ def read(path: Path, name: str | None = None, *, base: Path | None = None) -> Ad
     """Read an adapter, in the format named, or in the one that recognises it. Raises with the path in the message."""
     path = Path(path)
     if not path.exists():
-        raise Usage("not found", where=path, hint="give an adapter's folder or file")
+        raise Usage("not found", where=path, hint="give an adapter's folder or file, or a Hub id (user/name)")
     found = [name] if name else _fitting(path)
     if not found:
         raise _nothing_fits(path)

@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import System, Usage, quoted
+from ..store.hub import place
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# they speak of the Hub or of the way there, and change nothing for a folder that is here
+# they speak of the Hub or of the way there, and change nothing for a folder that is here;
+# force_download, repo_type and proxies are the client's own matter
 HUB = {"revision", "token", "use_auth_token", "cache_dir", "force_download", "local_files_only", "repo_type", "proxies"}
 
 
 def folder_of(path: str | os.PathLike[str], subfolder: str | None = None, hub: Mapping[str, Any] | None = None) -> Path:
-    """The folder of an adapter on this machine. Raises Usage when there is none."""
-    if unknown := sorted(set(hub or ()) - HUB):
+    """The folder of an adapter on this machine, fetched when `path` is a Hub id. Raises Usage when there is none."""
+    hub = dict(hub or {})
+    if unknown := sorted(set(hub) - HUB):
         raise Usage(f"{', '.join(unknown)} is not known here")
-    folder = Path(path, subfolder or "")
+    given = {k: hub[k] for k in ("revision", "cache_dir", "local_files_only") if hub.get(k)}
+    token = hub.get("token", hub.get("use_auth_token"))
+    source = path if isinstance(path, Path) else os.fspath(path)
+    folder = place(source, "adapter", sub=subfolder or "", token=token, **given)
     if not (folder / CONFIG).exists():
-        raise Usage(f"holds no {CONFIG}", where=folder, hint="give a folder; adapters of the Hub are not fetched yet")
+        raise Usage(f"holds no {CONFIG}", where=folder, hint="give an adapter's folder or its Hub id")
     return folder
 
 

@@ -92,7 +92,7 @@ class Checkpoint:
                 is_weights = relative.parts and file.suffix in WEIGHTS and not name.startswith(TRAINING)
                 if is_weights and str(relative) not in parts:
                     left.append(str(relative / name))
-                elif is_weights or (_belongs(name) and file.stat().st_size <= LARGEST_EXTRA):
+                elif is_weights or (belongs(name) and file.stat().st_size <= LARGEST_EXTRA):
                     yield file, str(relative / name)
         if left:
             warn(f"weights in folders inside the base are left behind: {some(left)}")
@@ -109,7 +109,7 @@ class Checkpoint:
 def beside(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, name) of the files in a folder that belong to a model."""
     for file in sorted(folder.iterdir()):
-        if file.is_file() and _belongs(file.name) and file.stat().st_size <= LARGEST_EXTRA:
+        if file.is_file() and belongs(file.name) and file.stat().st_size <= LARGEST_EXTRA:
             yield file, file.name
 
 
@@ -139,7 +139,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists() and not path.is_symlink():
-        raise Usage("not found", where=path, hint="give a model folder or a weight file")
+        raise Usage("not found", where=path, hint="give a model folder, a weight file or a Hub id (user/name)")
     found = _opened(path)
     _odd_names(found.entries)
     return found
@@ -292,7 +292,7 @@ def _stale(path: Path, files: list[Path]) -> None:
         warn(f"{some(sorted(left))} not in the index; left behind")
 
 
-def _belongs(name: str) -> bool:
+def belongs(name: str) -> bool:
     if name.startswith((".", *TRAINING)) or name.endswith(".index.json"):
         return False
     return Path(name).suffix in EXTRA or name.startswith(LEGAL)

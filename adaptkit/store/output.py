@@ -30,7 +30,8 @@ __all__ = ["MANIFEST", "Output", "fd_is_direct", "inside", "open_regular", "writ
 
 LOCK = ".lock"
 MANIFEST = "adaptkit.json"
-CONTROL = {LOCK, journal.NAME, journal.FRESH}
+PARTS = ".parts"  # files on their way here, which the same job goes on with
+CONTROL = {LOCK, journal.NAME, journal.FRESH, PARTS}
 BAD_INPUT = (Usage, Corrupt, Mismatch, Unsafe)  # running the same command again cannot cure these
 BLOCK = 1 << 20
 
@@ -63,6 +64,7 @@ class Output:
         self._held: list[int] = []
         self._made: list[Path] = []
         self._journal: Journal | None = None
+        self._same_job = False
         self._fatal, self._damaged, self.resumed, self.published = False, 0, 0, False
         with self._explained():
             self.target = checked(self.path, inputs, overwrite)
@@ -87,9 +89,10 @@ class Output:
             return {}
         if self.partial.is_symlink() or not self.partial.is_dir():
             raise Usage("is in the way", where=self.partial, hint="delete it")
-        there = set(os.listdir(self.partial)) - {LOCK, journal.FRESH}
+        there = set(os.listdir(self.partial)) - {LOCK, journal.FRESH, PARTS}
         plan, done = self._left(there)
-        if plan == self.plan:
+        self._same_job = plan == self.plan
+        if self._same_job:
             return {name: r for name, r in done.items() if disk.size_of(self.partial / name) == r["size"]}
         if not there or plan == "" or self.overwrite:
             return {}
@@ -113,6 +116,8 @@ class Output:
     def _sweep(self) -> None:
         """Delete everything in OUT.partial that is not a finished file or a folder of one."""
         keep = {self.partial / name for name in (*self._done, LOCK, journal.NAME)}
+        if self._same_job:
+            keep |= {self.partial / PARTS, *(self.partial / PARTS).glob("*")}
         keep |= {parent for path in keep for parent in path.parents}
         for folder, folders, names in os.walk(self.partial):
             here = Path(folder)
@@ -207,11 +212,34 @@ class Output:
 
     def __exit__(self, kind, error, trace) -> bool:
         self._journal.close()
-        if not self.published and self._is_ours() and (isinstance(error, BAD_INPUT) or not self._done):
+        if not self.published and self._is_ours() and (isinstance(error, BAD_INPUT) or not self._begun()):
             self._remove()
         self._release()
         # an interrupt that comes when the output has appeared has nothing left to interrupt
         return self.published and error is not None and not isinstance(error, Exception)
+
+    def _begun(self) -> bool:
+        """Whether there is something to go on from."""
+        return bool(self._done) or any((self.partial / PARTS).glob("*"))
+
+    def part(self, name: str) -> Path:
+        """Where a file may grow over several runs of the same job, before it is adopted."""
+        disk.make_folders(self.partial / PARTS)
+        return self.partial / PARTS / name
+
+    def adopt(self, part: Path, name: str, **extra) -> None:
+        """Take a part that is complete as the file of this name. extra: facts for its record."""
+        name = self._own_name(name)
+        with self._explained(name):
+            fd = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                length = self._settled(fd, name, None)
+            finally:
+                os.close(fd)
+            disk.make_folders((self.partial / name).parent)
+            os.rename(part, self.partial / name)
+            disk.sync_folder((self.partial / name).parent)
+            self._finish({**extra, "name": name, "size": length})
 
     def _remove(self) -> None:
         """Remove OUT.partial and the parents that were made for it."""
@@ -324,6 +352,7 @@ class Output:
                 raise System("was deleted or changed by another program", where=self.partial / name)
 
     def _appear(self) -> None:
+        shutil.rmtree(self.partial / PARTS, ignore_errors=True)
         os.unlink(self.partial / journal.NAME)
         os.unlink(self.partial / LOCK)
         disk.sync_folder(self.partial)

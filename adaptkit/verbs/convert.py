@@ -27,11 +27,12 @@ from ..formats.servers import SERVERS, prepared
 from ..store import dcp_safetensors, disk
 from ..store.checkpoint import Checkpoint, open_checkpoint, read_weights, unchanged
 from ..store.destination import checked
+from ..store.hub import place
 from ..store.output import Output
 from ..store.shards import open_shards
 from .detect import ADAPTERS, SHARDED, WHOLE, detect, strange
 from .inputs import dtype_of, size_of
-from .merge import _Counter, _json, check_pickles
+from .merge import _Counter, as_text, check_pickles, write_text
 
 Progress = Callable[[int, int], None]
 
@@ -107,10 +108,10 @@ def convert(
     Raises Usage, Corrupt, Mismatch, Unsafe or System, before a byte is written wherever that can be known.
     """
     start = time.monotonic()
-    path = Path(source)
+    path = place(source)
     found = from_ or detect(path)
     wish = _Wish(
-        path, Path(output), _target(to, for_), _known(found, "--from"), Path(base) if base else None,
+        path, Path(output), _target(to, for_), _known(found, "--from"), place(base, "model") if base else None,
         Path(config) if config else None, dtype_of(dtype), size_of(max_shard_size), for_, tuple(kind for words in drop for kind in words.split(",")), overwrite,
         dry_run, progress, start,
     )  # fmt: skip
@@ -219,9 +220,9 @@ def _beside(plan: Plan, to: str, out: Output) -> None:
         if not out.done(name) and not (name == "config.json" and plan.config is not None):
             out.copy(source, name)
     if plan.config is not None:
-        _json(out, "config.json", plan.config)
+        write_text(out, "config.json", as_text(plan.config))
     if table := index(plan.files, plan.aliases):
-        _json(out, index_name(plan.checkpoint, CONTAINERS[to]), table)
+        write_text(out, index_name(plan.checkpoint, CONTAINERS[to]), as_text(table))
 
 
 # adapters
@@ -277,8 +278,8 @@ def _peft() -> Any:
 
 def _settings(wish: _Wish, checkpoint: Checkpoint) -> Path:
     folders = [wish.config, checkpoint.root, wish.source if wish.source.is_dir() else None, wish.base]
-    for place in folders:
-        file = place / "adapter_config.json" if place is not None and place.is_dir() else place
+    for spot in folders:
+        file = spot / "adapter_config.json" if spot is not None and spot.is_dir() else spot
         if file is not None and file.name.endswith(".json") and file.is_file():
             return file
     raise Usage(

@@ -27,8 +27,8 @@ from ..errors import Corrupt, Mismatch, Usage, quoted, some
 from ..select import Select, parse_layers
 from ..store import destination
 from ..store.arrays import WORDS
-from ..store.checkpoint import Checkpoint, open_checkpoint, stamps, unchanged, warn
-from .inputs import dtype_of
+from ..store.checkpoint import Checkpoint, stamps, unchanged, warn
+from .inputs import dtype_of, model_of
 from .merge import check_pickles, unhurried
 from .targets import _rule as rule
 
@@ -167,7 +167,7 @@ class _Work:
     @classmethod
     def planned(cls, finetuned: Any, base: Any, output: Any, modules: Any, layers: Any, overwrite: bool) -> _Work:
         with unhurried():
-            new, old = open_checkpoint(Path(finetuned)), open_checkpoint(Path(base))
+            new, old = model_of(finetuned), model_of(base)
             destination.checked(Path(output), [new.path, old.path], overwrite)
             pairs = paired(new, old)
             able = [p.module for p in pairs.found if p.how == "lora"]

@@ -4,26 +4,56 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import Usage, quoted
 from ..formats.base import read
 from ..store.arrays import WORDS
+from ..store.checkpoint import Checkpoint, open_checkpoint
 from ..store.entry import Entry
+from ..store.hub import called, place, ref_of
+from ..store.hub.ids import SCHEME
 
 Source = str | Path | Adapter
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def adapters_of(sources: Source | Sequence[Source]) -> list[Adapter]:
-    """Adapters, read where a path was given."""
+Progress = Callable[[int, int], None]
+
+
+def model_of(source: str | Path, progress: Progress | None = None) -> Checkpoint:
+    """A model in a folder, a file or a repository of the Hub."""
+    return open_checkpoint(place(source, "model", progress=progress))
+
+
+def adapters_of(sources: Source | Sequence[Source], progress: Progress | None = None) -> list[Adapter]:
+    """Adapters, read where a path or a Hub id was given."""
     if isinstance(sources, (str, Path, Adapter)):
         sources = [sources]
     if not sources:
         raise Usage("no adapter was given", where="ADAPTER")
-    return [s if isinstance(s, Adapter) else read(Path(s)) for s in sources]
+    return [s if isinstance(s, Adapter) else read(place(s, "adapter", progress=progress)) for s in sources]
+
+
+def base_of(adapter: Adapter) -> str:
+    """The base model that an adapter's settings name, with its revision. Raises Usage when nobody here can have it."""
+    where = called(Path(adapter.meta.get("path", "adapter")))
+    said, hint = adapter.meta.get("base") or "", "give the base: adaptkit merge BASE ADAPTER -o OUT"
+    if not said:
+        raise Usage("does not name its base model", where=where, hint=hint)
+    if Path(said).exists():
+        return said
+    revision = adapter.about.get("revision")
+    ref = ref_of(said, bare=True)
+    if ref is None:
+        words = f"names its base by a path of the machine it was trained on ({quoted(said)!r}), which is not here"
+        raise Usage(words, where=where, hint=hint)
+    text = f"{SCHEME}{said}@{revision}" if revision and not ref.revision else SCHEME + said
+    if ref_of(text) is None:
+        raise Usage(f"names its base at the revision {quoted(revision)!r}", where=where, hint=hint)
+    return text
 
 
 def files_of(adapter: Adapter) -> list[Path]:

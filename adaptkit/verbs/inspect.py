@@ -18,8 +18,9 @@ from ..select import layer
 from ..store.arrays import dtype_of, shape_of
 from ..store.checkpoint import open_checkpoint, warn
 from ..store.entry import BITS, Entry
+from ..store.hub.ghost import glance
 from . import heatmap
-from .inputs import Source
+from .inputs import Source, adapters_of
 from .similarity import Compared, compared, norms, unknown
 
 
@@ -51,7 +52,8 @@ class Inspected:
 def inspect(paths: Source | Sequence[Source], *, plot: str | Path | None = None) -> Inspected | Compared:
     """Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.
 
-    paths: an adapter's folder or file; of a model, its tensors are summed up. Of two or more adapters, how far their
+    paths: an adapter's folder or file, or a Hub id; of a model, its tensors are summed up, and of one at the Hub only the
+    headers are fetched. Of two or more adapters, how far their
     updates overlap: cosines, norms and principal angles, site by site and in all, from the factors alone.
     plot: a picture to draw, layers by modules: the norm of the update, or, of several adapters, the cosine of each pair.
 
@@ -62,17 +64,24 @@ def inspect(paths: Source | Sequence[Source], *, plot: str | Path | None = None)
         raise Usage("no adapter was given", where="PATH")
     file = heatmap.checked(plot) if plot is not None else None
     if len(given) > 1:
-        return _compared([p if isinstance(p, Adapter) else read(Path(p)) for p in given], file)
-    path = given[0]
-    try:
-        adapter = path if isinstance(path, Adapter) else read(Path(path))
-    except AdaptKitError as e:
-        if "this is a model" in e.message and file is None:
-            return _model(Path(path))
-        raise
+        return _compared(adapters_of(given), file)
+    if isinstance(given[0], Adapter):
+        return _one(Path(given[0].meta.get("path", "")), given[0], file)
+    with glance(given[0]) as folder:
+        try:
+            found = _one(folder, read(folder), file)
+        except AdaptKitError as e:
+            if "this is a model" not in e.message or file is not None:
+                raise
+            found = _model(folder)
+    found.path = str(given[0])
+    return found
+
+
+def _one(path: Path, adapter: Adapter, file: Path | None) -> Inspected:
     if file is not None:
         _drawn(adapter, file)
-    return _adapter(Path(adapter.meta.get("path", "")) if path is adapter else Path(path), adapter)
+    return _adapter(path, adapter)
 
 
 def _compared(adapters: list[Adapter], file: Path | None) -> Compared:
@@ -109,8 +118,8 @@ def _adapter(path: Path, adapter: Adapter) -> Inspected:
         format=adapter.meta.get("format", "?"),
         sites=len(adapter.sites),
         targets=dict(Counter(n.rpartition(".")[2] or "the whole model" for n in adapter.sites).most_common()),
-        rank=_one([s.tuner.r for s in adapter.sites.values() if hasattr(s.tuner, "r")]),
-        alpha=_one([s.tuner.alpha for s in adapter.sites.values() if hasattr(s.tuner, "alpha")]),
+        rank=_common([s.tuner.r for s in adapter.sites.values() if hasattr(s.tuner, "r")]),
+        alpha=_common([s.tuner.alpha for s in adapter.sites.values() if hasattr(s.tuner, "alpha")]),
         whole=sorted(adapter.whole),
         layers=_layers(adapter),
         base=adapter.meta.get("base") or None,
@@ -157,7 +166,7 @@ def _count(value: Entry) -> int:
     return n
 
 
-def _one(values: list) -> Any:
+def _common(values: list) -> Any:
     """The one value that all sites have, or all that occur."""
     found = sorted(set(values))
     return found[0] if len(found) == 1 else found or None

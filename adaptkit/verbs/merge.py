@@ -23,11 +23,13 @@ from ..engines.draft import draft
 from ..engines.local import Local
 from ..engines.plan import Plan
 from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted
-from ..store.checkpoint import Checkpoint, open_checkpoint, stamps, unchanged
+from ..store.checkpoint import Checkpoint, stamps, unchanged
 from ..store.disk import write_all
 from ..store.entry import Entry
+from ..store.hub import Ref, called, origin
 from ..store.output import Output
-from .inputs import Source, adapters_of, dtype_of, files_of, size_of, weights_of
+from .inputs import Progress, Source, adapters_of, base_of, dtype_of, files_of, model_of, size_of, weights_of
+from .push import push_folder, writable
 
 MUCH_LOST = 0.1  # of the update's norm: worth a warning
 
@@ -36,12 +38,13 @@ MUCH_LOST = 0.1  # of the update's norm: worth a warning
 class Merged:
     """What a merge did.
 
+    output: the folder, None when it went to the Hub shard by shard.     pushed: where it is at the Hub.
     changed: names of the tensors that changed.    bytes: of weights written.    seconds: it took.
     virtual: ids of the tokens that a soft prompt became.
     lost: share of the update's norm that rounding to the stored dtype ate, for each adapter.
     """
 
-    output: Path
+    output: Path | None
     changed: list[str]
     tensors: int
     bytes: int
@@ -49,13 +52,17 @@ class Merged:
     lost: list[float] = field(default_factory=list)
     resumed: int = 0
     virtual: list[int] = field(default_factory=list)
+    pushed: str | None = None
 
 
 def merge(
-    base: str | Path,
-    adapters: Source | Sequence[Source],
-    output: str | Path,
+    base: str | Path | Adapter,
+    adapters: Source | Sequence[Source] | None = None,
+    output: str | Path | None = None,
     *,
+    push: str | None = None,
+    private: bool = False,
+    streaming: bool = False,
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -68,17 +75,64 @@ def merge(
 ) -> Merged:
     """Merge adapters into a base model, on files.
 
-    base: a model folder or weight file.        adapters: folders, files or Adapter values, applied in order.
-    output: a folder that appears when it is complete.      weights: how much of each update is taken, 1 when left out.
+    base: a model folder or weight file, or a Hub id.   adapters: folders, files, Hub ids or Adapter values, in order.
+    Without adapters, base is one, and the model that its settings name is the base.
+    output: a folder that appears when it is complete.      push: Hub id to push it to; private: if that is new.
+    streaming: shard by shard from the Hub to the Hub, without an output.      weights: how much of each update is taken, 1 when left out.
     dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's.       max_shard_size: "5GB"; None keeps the files.
     device: where sums are made, "auto", "cpu" or "cuda".    workers: threads.    progress: called with (bytes, of bytes).
 
-    Raises Usage, Corrupt, Mismatch, Unsafe or System, before a byte is written wherever that can be known.
+    Raises Usage, Corrupt, Mismatch, Unsafe, System or Hub, before a byte is written wherever that can be known.
     """
     start = time.monotonic()
-    plan = planned(base, adapters, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
-    plan.options |= {"allow_nonfinite": allow_nonfinite, "device": "cpu" if device == "auto" else device}
-    return execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
+    _sensible(output, push, streaming, private)
+    base, adapters = pair(base, adapters, progress)
+    how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
+    said = {"allow_nonfinite": allow_nonfinite, "device": "cpu" if device == "auto" else device}
+    if streaming:
+        from .streaming import stream
+
+        possible(engine, workers)
+        return stream(base, adapters, push, how, said, private=private, workers=workers, progress=progress)
+    target = writable(push, private) if push else None  # before the work: a name that is refused is no use at its end
+    plan = planned(base, adapters, **how, progress=progress)
+    plan.options |= said
+    merged = execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
+    if target:
+        merged.pushed = _push(Path(output), target, private, progress)
+        merged.seconds = time.monotonic() - start
+    return merged
+
+
+def _push(output: Path, target: Ref, private: bool, progress: Progress | None) -> str:
+    try:
+        return push_folder(output, target, private, progress=progress).url
+    except AdaptKitError as e:
+        e.hint = f"{e.hint or 'the merge is done'}; then: adaptkit push {output} {target}"
+        raise
+
+
+def _sensible(output: str | Path | None, push: str | None, streaming: bool, private: bool) -> None:
+    """Raises Usage for options that do not go together."""
+    if streaming and (not push or output is not None):
+        raise Usage("goes from the Hub to the Hub", where="--streaming", hint="give --push user/name and no -o OUT")
+    if output is None and not streaming:
+        hint = "give -o OUT" + (", or --streaming to push shard by shard" if push else "")
+        raise Usage("no output was given", where="OUT", hint=hint)
+    if private and not push:
+        raise Usage("is about a repository of the Hub", where="--private", hint="give --push user/name")
+
+
+def pair(
+    base: str | Path | Adapter, adapters: Source | Sequence[Source] | None, progress: Progress | None = None
+) -> tuple[str | Path, list[Source]]:
+    """The base and the adapters of a command; the base is the one that a lone adapter names."""
+    if isinstance(adapters, (str, Path, Adapter)):
+        adapters = [adapters]
+    if adapters:
+        return base, list(adapters)
+    lone = adapters_of(base, progress)
+    return base_of(lone[0]), lone
 
 
 Turn = Callable[[list[Adapter], list[float]], tuple[list[Adapter], list[float]]]
@@ -93,19 +147,22 @@ def planned(
     max_shard_size: str | int | None = None,
     verb: str = "merge",
     turn: Turn | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """The plan of a merge, with everything checked that can be known without writing.
 
     turn: makes of the adapters and weights those that are really applied; unmerge gives their inverses, last one first.
     """
+    wanted, limit = dtype_of(dtype), size_of(max_shard_size)
+    read = adapters_of(adapters, progress)
     with unhurried():
-        checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(Path(base))
-        return _planned(checkpoint, adapters, weights, dtype_of(dtype), size_of(max_shard_size), verb, turn)
+        checkpoint = base if isinstance(base, Checkpoint) else model_of(base, progress)
+        return _planned(checkpoint, read, weights, wanted, limit, verb, turn)
 
 
 def _planned(
     checkpoint: Checkpoint,
-    adapters: Source | Sequence[Source],
+    read: list[Adapter],
     weights: Sequence[float] | None,
     wanted: str | None,
     limit: int | None,
@@ -113,14 +170,13 @@ def _planned(
     turn: Turn | None,
 ) -> Plan:
     taken = stamps(checkpoint.files)
-    read = adapters_of(adapters)
     taken |= stamps(file for a in read for file in files_of(a))
     factors = weights_of(weights, len(read))
     for adapter in read:
         try:
             checks.numbers(adapter)
         except AdaptKitError as e:
-            raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
+            raise e.at(called(Path(adapter.meta.get("path", "adapter")))) from None
     applied = turn(read, factors) if turn else (read, factors)
     plan = draft(checkpoint, *applied, dtype=wanted, max_shard_size=limit)
     plan.adapters = [Path(a.meta["path"]) for a in read if "path" in a.meta]
@@ -152,7 +208,7 @@ def execute(
     progress: Callable[[int, int], None] | None = None,
 ) -> Merged:
     """Write what a plan says."""
-    _possible(engine, workers)
+    possible(engine, workers)
     where = checked(device)
     checkpoint, total = plan.checkpoint, plan.nbytes
     done = _Counter(total, progress)
@@ -168,7 +224,7 @@ def execute(
         unchanged(plan.stamps)
         merged = Merged(output, [t.name for t in plan.changed], len(plan.targets), total, 0.0, resumed=out.resumed)
         merged.virtual = list(plan.virtual)
-        _survived(plan, local.survival, merged)
+        survived(plan, local.survival, merged)
         out.publish(receipt(plan, merged))
     for text in local.warnings:
         warnings.warn(text, AdaptKitWarning, stacklevel=2)
@@ -176,7 +232,7 @@ def execute(
     return merged
 
 
-def _possible(engine: str, workers: int | None) -> None:
+def possible(engine: str, workers: int | None) -> None:
     if engine != "local":
         raise Mismatch(f"engine {engine!r} is not installed", where="--engine", hint="use local")
     if workers is not None and workers < 1:
@@ -196,27 +252,37 @@ def check_pickles(checkpoint: Checkpoint, later: Sequence[Entry] = ()) -> None:
 
 
 def _beside(plan: Plan, out: Output) -> None:
-    """Index, config and the files that go with the model."""
-    for source, name in plan.extras:
-        if not out.done(name) and not (name == "config.json" and plan.config is not None):
-            out.copy(source, name)
-    if plan.config is not None:
-        _json(out, "config.json", plan.config)
-    for name, raw in plan.texts.items():
-        _text(out, name, raw)
-    if table := layout.index(plan.files):
-        _json(out, layout.index_name(plan.checkpoint), table)
+    """Write what goes beside the weights."""
+    for name, value in beside(plan):
+        if isinstance(value, bytes):
+            write_text(out, name, value)
+        elif not out.done(name):
+            out.copy(value, name)
 
 
-def _json(out: Output, name: str, value: dict[str, Any]) -> None:
-    _text(out, name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _text(out: Output, name: str, raw: bytes) -> None:
+def write_text(out: Output, name: str, raw: bytes) -> None:
+    """Write a small file of an output, if it is not there already."""
     if out.done(name):
         return
     with out.file(name, len(raw), sha256=hashlib.sha256(raw).hexdigest()) as fd:
         write_all(fd, raw, 0)
+
+
+def beside(plan: Plan) -> Iterator[tuple[str, Path | bytes]]:
+    """Config, index and the files that go with the model: as they are, or as text."""
+    for source, name in plan.extras:
+        if not (name == "config.json" and plan.config is not None):
+            yield name, source
+    if plan.config is not None:
+        yield "config.json", as_text(plan.config)
+    yield from plan.texts.items()
+    if table := layout.index(plan.files):
+        yield layout.index_name(plan.checkpoint), as_text(table)
+
+
+def as_text(value: dict[str, Any]) -> bytes:
+    """JSON as it is written beside weights."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
@@ -224,13 +290,20 @@ def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
     return {
         "adaptkit": version("adaptkit"),
         "made": {k: v for k, v in plan.options.items() if v not in (None, False)},
-        "base": Path(plan.checkpoint.path).name,
-        "adapters": [p.name for p in plan.adapters],
+        "base": called(plan.checkpoint.path),
+        "adapters": [called(p) for p in plan.adapters],
+        **_from_the_hub([plan.checkpoint.path, *plan.adapters]),
         "plugins": _plugins(plan),
         **({"virtual_tokens": [plan.virtual.start, plan.virtual.stop - 1]} if plan.virtual else {}),
         "changed": len(merged.changed),
         "lost_to_rounding": [round(x, 4) for x in merged.lost],
     }
+
+
+def _from_the_hub(paths: Sequence[Path]) -> dict[str, list[dict[str, str]]]:
+    """Which inputs came from the Hub, and the commits they were at."""
+    refs = dict.fromkeys(filter(None, map(origin, paths)))
+    return {"hub": [{"id": str(Ref(r.id, None, r.sub)), "revision": r.revision} for r in refs]} if refs else {}
 
 
 def _plugins(plan: Plan) -> dict[str, list[str]]:
@@ -240,7 +313,7 @@ def _plugins(plan: Plan) -> dict[str, list[str]]:
     return {n: [f"{owner} {version(owner)}" for owner in registry.owners("tuners", n)] for n in strangers}
 
 
-def _survived(plan: Plan, found: Survival, merged: Merged) -> None:
+def survived(plan: Plan, found: Survival, merged: Merged) -> None:
     """Fill in what rounding ate, and warn when it was much."""
     if not found.update:
         return
@@ -249,7 +322,7 @@ def _survived(plan: Plan, found: Survival, merged: Merged) -> None:
     merged.lost = [share(lost, update) for update, lost in sums]
     for k, lost in enumerate(merged.lost):
         if lost > MUCH_LOST:
-            name = plan.adapters[k].name if k < len(plan.adapters) else f"adapter {k + 1}"
+            name = called(plan.adapters[k]) if k < len(plan.adapters) else f"adapter {k + 1}"
             worst = quoted(found.worst[0][0])
             text = f"rounding ate {lost:.0%} of the update of {name} (worst in {worst}); --dtype float32 keeps it"
             warnings.warn(text, AdaptKitWarning, stacklevel=2)

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..adapter import Adapter
 from ..engines.local import BLOCK, default_workers
 from ..engines.plan import Plan, Target
 from ..select import LAYER
 from ..store.disk import nearest, room
 from ..store.entry import Entry
+from ..store.hub.ghost import glance
 from ..store.output import Output
 from .inputs import Source
-from .merge import planned
+from .merge import pair, planned
 
 INTERPRETER = 70_000_000  # bytes that Python, NumPy and this package take before any work
 TORCH = 220_000_000
@@ -56,9 +58,9 @@ class Forecast:
 
 
 def plan(
-    base: str | Path,
-    adapters: Source | Sequence[Source],
-    output: str | Path,
+    base: str | Path | Adapter,
+    adapters: Source | Sequence[Source] | None = None,
+    output: str | Path | None = None,
     *,
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
@@ -68,12 +70,17 @@ def plan(
 ) -> Forecast:
     """Say what a merge would do, without writing anything. Parameters and errors are those of merge.
 
-    An output that has no room is reported, not raised.
+    An output that has no room is reported, not raised; without one, the current folder's room is. Of a base at the Hub
+    only the headers are fetched.
     """
-    found = planned(base, adapters, weights=weights, dtype=dtype, max_shard_size=max_shard_size)
-    inputs = [found.checkpoint.path, *found.adapters]
-    Output(Path(output), plan=found.fingerprint(), need=0, inputs=inputs, overwrite=overwrite)  # checks the place only
-    return forecast(found, Path(output), workers)
+    base, adapters = pair(base, adapters)
+    how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
+    with glance(base, "model") as folder:
+        found = planned(folder, adapters, **how)
+        inputs = [found.checkpoint.path, *found.adapters]
+        if output is not None:  # checks the place only
+            Output(Path(output), plan=found.fingerprint(), need=0, inputs=inputs, overwrite=overwrite)
+        return forecast(found, Path(output or "."), workers)
 
 
 def forecast(found: Plan, output: Path, workers: int | None = None) -> Forecast:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..select import Select, parse_layers
 from ..store.checkpoint import open_checkpoint
+from ..store.hub.ghost import glance
 
 PLAIN = re.compile(r"[\w.\-]+(?:,[\w.\-]+)*")
 
@@ -32,12 +33,14 @@ def targets(
 ) -> list[Target]:
     """Show which modules of a model a selection hits.
 
+    model: a folder or file, or a Hub id, of which only the headers are fetched.
     target_modules: a regular expression for whole names, or names ("q_proj,v_proj"); all modules when left out.
     layers: "0-3,7", or numbers.   layers_pattern: what stands before the layer's number.   exclude_modules: as target_modules.
 
     Raises Mismatch with the endings that occur when nothing is hit.
     """
-    entries = open_checkpoint(Path(model)).entries
+    with glance(model, "model") as folder:
+        entries = open_checkpoint(folder).entries
     weights = {n.removesuffix(".weight"): e for n, e in entries.items() if len(e.shape) > 1 or n.endswith(".weight")}
     rule = _rule(target_modules) if target_modules is not None else ".*"
     chosen = Select(

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..adapter import Adapter, Site
 from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, some
 from ..store.arrays import load
+from ..store.hub import called
 from .inputs import Source
 from .merge import Merged, execute, planned
 
@@ -36,7 +37,7 @@ def unmerge(
     replaced, DoRA, token rows.
     """
     start = time.monotonic()
-    how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
+    how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size, "progress": progress}
     plan = planned(merged, adapters, **how, verb="unmerge", turn=_backwards)
     if any(t.dtype in ("BF16", "F16") for t in plan.changed):
         text = "what merging rounded stays rounded: the result is within about a rounding of the base, not equal to it"
@@ -52,7 +53,7 @@ def _backwards(adapters: list[Adapter], weights: list[float]) -> tuple[list[Adap
 
 def _inverse(adapter: Adapter, weight: float) -> Adapter:
     """The adapter that undoes another, site by site."""
-    name = Path(adapter.meta.get("path", "adapter")).name
+    name = called(Path(adapter.meta.get("path", "adapter")))
     if adapter.whole:
         raise Mismatch(
             f"replaced {some(adapter.whole)}: the old values are gone", where=name, hint="keep the base model"

@@ -14,10 +14,10 @@ from ..engines.local import expected, single_threaded_blas
 from ..engines.plan import Target
 from ..errors import Corrupt, Mismatch, Usage, quoted, some
 from ..store.arrays import FLOATS, NUMPY, WORDS, working
-from ..store.checkpoint import Checkpoint, open_checkpoint, read_json, warn
+from ..store.checkpoint import Checkpoint, read_json, warn
 from ..store.entry import Entry
 from ..store.safepaths import read_small
-from .inputs import Source
+from .inputs import Source, model_of
 from .merge import check_pickles, planned
 
 STEPS = 2.0  # roundings that a sound merge by another program may be away from ours
@@ -51,18 +51,18 @@ def verify(
 ) -> Verified:
     """Say whether a model is the merge of adapters into a base, by computing it again.
 
-    merged: the model in question, by any program.   weights: left out, those of its adaptkit.json, or 1.
+    merged: the model in question, by any program, a folder or a Hub id as are base and adapters.   weights: left out, those of its adaptkit.json, or 1.
     sample: compare only so many tensors, spread over the model; None compares all.
 
     Returns a Verified; a tensor that differs is a finding, not an error. Raises as merge does when the inputs do not fit.
     """
     if sample is not None and sample < 1:
         raise Usage(f"{sample} tensors cannot tell anything", where="--sample")
-    found = open_checkpoint(Path(merged))
+    found = model_of(merged, progress)
     check_pickles(found)
     weights = weights or _said(found).get("weights")
-    original = open_checkpoint(Path(base))
-    plan = planned(original, adapters, weights=weights, dtype=_dtype(found, original))
+    original = model_of(base, progress)
+    plan = planned(original, adapters, weights=weights, dtype=_dtype(found, original), progress=progress)
     result = Verified(True, len(plan.targets), 0, 0, 0)
     for name in plan_difference(plan.targets, found):
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"

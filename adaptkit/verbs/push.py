@@ -1,0 +1,211 @@
+"""push: a folder to the Hub, in one commit or one pull request."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..engines import checks
+from ..errors import Corrupt, Hub, Mismatch, Unsafe, Usage, quoted, some
+from ..formats.base import read
+from ..store import journal, safetensors
+from ..store.checkpoint import TRAINING, open_checkpoint, read_json, warn
+from ..store.destination import ENDING
+from ..store.hub import Ref, ref_of, talk
+from ..store.hub.choose import ADAPTER
+from ..store.hub.fetch import File, digest_of
+from ..store.hub.ids import RECEIPT, SCHEME, repo_of
+from ..store.safepaths import inside, read_small
+from . import card as cards
+from . import publish
+from .publish import Pushed
+
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+TEXT = {".json", ".md", ".txt", ".yaml", ".yml", ".py", ".jinja", ".toml", ".cfg", ".ini"}
+WEIGHTS = {".safetensors", ".bin", ".gguf", ".onnx", ".npz", ".pt", ".pth"}
+STATE = {"runs", "logs", "wandb", "__pycache__"}
+SMALL = 10 << 20  # bytes that travel in the commit itself, unless the Hub wants them apart
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pushed:
+    """Push a model or an adapter to the Hub, in one commit or one pull request.
+
+    folder: what a verb wrote, or any model or adapter.      repo: user/name; made when it is new, `private` if so said.
+    revision: the branch.    create_pr: propose instead of commit.    message: of the commit.
+
+    A model card is written when there is none. Raises Corrupt, Mismatch or Unsafe for a folder that is not whole or
+    holds a token, Hub for what the Hub says; a push that was cut is gone on with by the same command.
+    """
+    target = repo_of(repo, "REPO")
+    if revision and target.revision and revision != target.revision:
+        raise Usage(f"{target.revision!r} stands in the id already", where="--revision")
+    target = Ref(target.id, revision or target.revision)
+    return push_folder(Path(folder), target, private, create_pr, message, progress)
+
+
+def writable(repo: str, private: bool = False) -> Ref:
+    """The repository to push to later. Raises Usage for a name that is none, Hub when no token says who pushes."""
+    target = repo_of(repo, "--push")
+    _logged_in(target)
+    return target
+
+
+def _logged_in(target: Ref) -> None:
+    if not talk.has_token():
+        raise Hub("nobody is logged in", where=f"hub: {target}", hint=talk.LOGIN)
+    with talk.talking(target):
+        talk.retried(lambda: talk.api().whoami())
+
+
+def push_folder(
+    folder: Path,
+    target: Ref,
+    private: bool = False,
+    create_pr: bool = False,
+    message: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pushed:
+    """Check, upload, commit."""
+    from huggingface_hub import CommitOperationAdd
+
+    files = sound(folder)
+    _logged_in(target)
+    said = cards.receipt_of(folder)
+    inputs = {*(ref_of(SCHEME + r["id"]).id for r in cards.commits(said)), cards.base_id(folder, said)} - {None}
+    there = publish.prepared(target, private, sorted(inputs))
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    total, done, operations = sum(sizes.values()), 0, []
+    for name, path in sorted(files.items(), key=lambda item: -sizes[item[0]]):
+        if path.suffix in WEIGHTS or sizes[name] > SMALL:
+            operations.append(publish.uploaded(target, name, path, create_pr))
+        else:
+            operations.append(CommitOperationAdd(name, str(path)))
+        done += sizes[name]
+        if progress:
+            progress(done, total)
+    if cards.NAME not in files and cards.NAME not in there.files:
+        operations.append(CommitOperationAdd(cards.NAME, cards.card(folder, target.id, sizes).encode()))
+    removed = publish.stale(there, list(files))
+    info = publish.commit(there, operations, message or f"Add {called(folder)}", create_pr=create_pr, removed=removed)
+    url, sha = publish.answered(info, create_pr)
+    return Pushed(target.id, url, sha, len(operations), total, removed)
+
+
+def called(folder: Path) -> str:
+    """What a commit calls a folder."""
+    made = cards.receipt_of(folder).get("made")
+    verb = made.get("verb") if isinstance(made, dict) else None
+    kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
+    return f"{kind} made by adaptkit {verb}" if verb in cards.WORDS else kind
+
+
+# -- what may be pushed
+
+
+def sound(folder: Path) -> dict[str, Path]:
+    """The files to push. Raises for a folder that is half-written, broken, not a model or adapter, or tells too much."""
+    if not folder.is_dir():
+        raise Usage("is not a folder" if folder.exists() else "not found", where=folder, hint="give what a verb wrote")
+    if folder.name.endswith(ENDING) or (folder / journal.NAME).exists():
+        raise Corrupt("is half-written", where=folder.name, hint="run the command that writes it again, to its end")
+    files = dict(_files(folder))
+    _whole(folder, files)
+    _as_recorded(folder, files)
+    for name, path in files.items():
+        _tells_nothing(name, path)
+    _names_no_place(folder)
+    return files
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    left = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "checkpoint-")) and f not in STATE)
+        for name in sorted(names):
+            path = Path(where, name)
+            shown = path.relative_to(folder).as_posix()
+            if name.startswith((".", *(t for t in TRAINING if t not in ("adapter_", RECEIPT)))) or name.endswith(
+                ".tmp"
+            ):
+                left += [] if name.startswith(".") else [shown]
+            elif path.is_file() or path.is_symlink():
+                yield shown, inside(folder, shown)
+    if left:
+        warn(f"{some(left)} belong to the training and stay here")
+
+
+def _whole(folder: Path, files: dict[str, Path]) -> None:
+    """Headers, index and settings, as far as that costs no time."""
+    weights = [n for n in files if Path(n).suffix in WEIGHTS]
+    if not weights:
+        raise Mismatch("holds no weights", where=folder.name, hint="give the folder of a model or an adapter")
+    if "adapter_config.json" in files or any(n in files for n in ADAPTER):
+        checks.numbers(read(folder))
+    if "config.json" in files and any("/" not in n and _is_checkpoint(n) for n in weights):
+        open_checkpoint(folder)
+    for name in weights:
+        if name.endswith(".safetensors"):
+            safetensors.read(files[name])
+
+
+def _is_checkpoint(name: str) -> bool:
+    return not name.startswith("adapter_") and not name.endswith((".onnx", ".gguf", ".npz"))
+
+
+def _as_recorded(folder: Path, files: dict[str, Path]) -> None:
+    """Against adaptkit.json: names, sizes, and the sha256 of small files."""
+    if RECEIPT not in files:
+        return
+    records = read_json(files[RECEIPT]).get("files")
+    for name, record in journal.records(records).items():
+        if name not in files:
+            raise Corrupt(f"names {quoted(name)}, which is not there", where=RECEIPT, hint="make the folder again")
+        size = files[name].stat().st_size
+        if size != record["size"]:
+            words = f"has {size:,} bytes, {RECEIPT} says {record['size']:,}"
+            raise Corrupt(words, where=name, hint="make the folder again")
+        wanted = str(record.get("sha256", ""))
+        if len(wanted) == 64 and size <= SMALL and digest_of(files[name], File(size, wanted)) != wanted:
+            raise Corrupt(
+                f"was changed after {RECEIPT} was written", where=name, hint=f"delete {RECEIPT} if you meant to"
+            )
+
+
+def _tells_nothing(name: str, path: Path) -> None:
+    """Raises Unsafe for a token in a text file."""
+    if path.suffix in TEXT and TOKEN.search(read_small(path)):
+        raise Unsafe("holds what looks like a Hub token (hf_...)", where=name, hint="remove it, and revoke the token")
+
+
+def _names_no_place(folder: Path) -> None:
+    """Raises Unsafe when settings or card name the base by a path of this machine: useless to others, and theirs to read."""
+    hint = "write the base's Hub id there"
+    config = folder / "adapter_config.json"
+    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if base and _is_place(str(base)):
+        raise Unsafe("names its base model by a path of this machine", where=config.name, hint=hint)
+    if (folder / cards.NAME).is_file():
+        from huggingface_hub.repocard import metadata_load
+
+        try:
+            front = metadata_load(folder / cards.NAME) or {}
+        except Exception:  # the Hub checks the front matter itself, and says what is wrong with it
+            return
+        named = front.get("base_model") or []
+        if any(_is_place(str(n)) for n in ([named] if isinstance(named, str) else named)):
+            raise Unsafe("names its base model by a path of this machine", where=cards.NAME, hint=hint)
+
+
+def _is_place(text: str) -> bool:
+    return ref_of(SCHEME + text) is None or len(text.split("/")) > 2 or Path(text).exists()
