@@ -72,6 +72,12 @@ def matching(rule: str | Collection[str], names: Collection[str]) -> set[str]:
     return {n for n in names if n.rpartition(".")[2] in last and any(tail in endings for tail in _tails(n))}
 
 
+def unused(endings: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The endings that no name has."""
+    there = {tail for name in names for tail in _tails(name)}
+    return sorted(e for e in endings if e not in there)
+
+
 def fullmatches(pattern: str, names: Collection[str]) -> set[str]:
     """The names a regular expression matches whole, within SECONDS. The pattern may come from a stranger's file."""
     import regex  # `re` has no time limit

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter, Site
-from ..errors import Mismatch, quoted, some
+from ..errors import Mismatch, Usage, quoted, some
 from ..select import Select
 from ..store.arrays import load
 from ..tuners.base import Tuner
@@ -42,29 +42,41 @@ def attach(
     copy: train copies of a given adapter's numbers, not the numbers themselves where that is possible.
     wrap: makes a wrapper, of a module, the name of its adapted parameter and the site.
 
-    Returns the module names. Raises Mismatch when nothing is chosen, a module cannot be adapted, or the name is taken.
+    Returns the module names. Raises Mismatch when nothing is chosen, a module cannot be adapted, or the name is taken; the model is then as it was.
     """
-    if name in attached(model):
-        raise Mismatch(
-            f"an adapter named {quoted(name)!r} is attached already", hint="detach it, or choose another name"
-        )
+    _free(model, name)
     if tokens.meant(tuner):
+        tokens.stand(model, tuner, name)
         if freeze:
             _freeze(model)
-        tokens.stand(model, tuner, name)
         return [""]
     adapter = tuner if isinstance(tuner, Adapter) else Adapter(_fresh(model, tuner, select))
     sites = _given(model, adapter) if adapter is tuner else adapter.sites
     if freeze:
         _freeze(model)
-    for path, module in around(model, sites, wrap).items():
-        module.add(name, sites[path], copy and adapter is tuner)
-        module.active.append(name)
-        if sites[path].tuner.of_rows:
-            _tie(model, module)
-    if adapter.whole:
-        loose.replace(model, name, {p: torch.as_tensor(load(v)) for p, v in adapter.whole.items()})
+    try:
+        for path, module in around(model, sites, wrap).items():
+            module.add(name, sites[path], copy and adapter is tuner)
+            module.active.append(name)
+            if sites[path].tuner.of_rows:
+                _tie(model, module)
+        _rows_alone(model)
+        if adapter.whole:
+            loose.replace(model, name, {p: torch.as_tensor(load(v)) for p, v in adapter.whole.items()})
+    except BaseException:
+        _off(model, name)
+        raise
     return list(sites)
+
+
+def _free(model: nn.Module, name: str) -> None:
+    """Raises Usage or Mismatch for what cannot be a new adapter's name."""
+    if not isinstance(name, str):
+        raise Usage(f"an adapter's name is a string, not {quoted(name)}")
+    if name in attached(model):
+        raise Mismatch(
+            f"an adapter named {quoted(name)!r} is attached already", hint="detach it, or choose another name"
+        )
 
 
 def detach(model: nn.Module, name: str = "default") -> Adapter:
@@ -78,18 +90,23 @@ def detach(model: nn.Module, name: str = "default") -> Adapter:
     if (here := tokens.standing(model)) and name in here.names():
         adapter = tokens.leave(model, name)
         if not attached(model):
-            _thaw(model)
+            thaw(model)
         return adapter
-    stands = adapted_modules(model)
-    modules = {path: m for path, m in stands.items() if name in m.tuners and not isinstance(m, Tied)}
-    if inside := [p for p, m in modules.items() if name in m.merged_adapters]:
+    if inside := [p for p, m in adapted_modules(model).items() if name in m.merged_adapters]:
         raise Mismatch(f"{quoted(name)!r} is merged into {some(inside)}", hint="unmerge it first")
+    return _off(model, name)
+
+
+def _off(model: nn.Module, name: str) -> Adapter:
+    """Take off what is there of an adapter in weights."""
+    modules = {path: m for path, m in adapted_modules(model).items() if name in m.tuners}
     adapter = Adapter(sites={path: m.remove(name) for path, m in modules.items()}, whole=dict(loose.take(model, name)))
-    for module in stands.values():
+    there = [m for m in wrappers(model) if isinstance(m, Adapted)]
+    for module in there:
         module.active = [n for n in module.active if n in module.tuners]
-    _drop(model, [m for m in stands.values() if not m.tuners])
+    _drop(model, [m for m in there if not m.tuners])
     if not attached(model):
-        _thaw(model)
+        thaw(model)
     return adapter
 
 
@@ -102,6 +119,17 @@ def _tie(model: nn.Module, module: Adapted) -> None:
         Homes(model).put(head, ends[0])
     for end in ends:
         end.active = list(module.active)
+
+
+def _rows_alone(model: nn.Module) -> None:
+    """Raises Mismatch where rows of a tied matrix are trained and one of its ends is changed in another way."""
+    for path, around, _ in tree(model):
+        for end in (w for w in around if isinstance(w, Tied)):
+            if len(around) > 1 or not all(t.of_rows for t in end.tuners.values()):
+                raise Mismatch(
+                    f"{quoted(path)} is tied to an embedding of which rows are trained, so nothing else can change them",
+                    hint="do one or the other",
+                )
 
 
 def _drop(model: nn.Module, empty: Collection[Adapted]) -> None:
@@ -118,7 +146,7 @@ def attached(model: nn.Module) -> set[str]:
 
 def set_active(model: nn.Module, names: str | Collection[str]) -> None:
     """Choose which attached adapters act, in order. Raises Mismatch for a name that is not attached."""
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     there = attached(model)
     if lost := [n for n in names if n not in there]:
         raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
@@ -157,6 +185,8 @@ def by_rows(
     names: one for each sample; `base` means none.    repeated: a batch may hold each sample several times, as beams do.
     Raises Mismatch for a name that is not attached, and where an adapter is merged or replaces tensors.
     """
+    if isinstance(names, str) or not names:
+        raise Usage("adapter_names is a list of names, one for each sample")
     there = attached(model)
     if lost := sorted({n for n in names if n != base} - there):
         raise Mismatch(f"no adapter named {some(lost)} is attached; there are: {some(sorted(there)) or 'none'}")
@@ -190,7 +220,11 @@ def tree(model: nn.Module) -> Iterator[tuple[str, list[Wrapper], nn.Module]]:
             continue
         seen.add(id(module))
         yield path, around, module
-        inner = [(f"{path}.{leaf}" if path else leaf, m) for leaf, m in module._modules.items() if m is not None]
+        inner = [
+            (f"{path}.{leaf}" if path else leaf, m)
+            for leaf, m in module._modules.items()
+            if m is not None and not isinstance(m, tokens.Standing)
+        ]
         open_ += reversed(inner)
 
 
@@ -207,7 +241,12 @@ def carriers(model: nn.Module) -> list[Wrapper | tokens.Standing]:
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
     """The adapted modules of a model, by the path they had before they were wrapped; of a bare parameter, its path."""
-    return {_site(path, w): w for path, around, _ in tree(model) for w in around if isinstance(w, Adapted)}
+    return {
+        _site(path, w): w
+        for path, around, _ in tree(model)
+        for w in around
+        if isinstance(w, Adapted) and not isinstance(w, Tied)
+    }
 
 
 def _site(path: str, module: Adapted) -> str:
@@ -338,28 +377,30 @@ def suited(tuner: Tuner, module: nn.Module) -> Tuner:
     return replace(tuner, **{k: v for k, v in told.items() if k in known})  # type: ignore[type-var]
 
 
-FLAG = "_adaptkit_trained"
+FLAGS = "_adaptkit_trained"  # on a module, so that copies of the model keep them
 
 
 def _freeze(model: nn.Module) -> None:
-    """Note each parameter's flag and clear it; parameters of adapters that stand already keep theirs."""
-    ours = {id(p) for p in _of_adapters(model)}
-    for p in model.parameters():
-        if id(p) not in ours and not hasattr(p, FLAG):
-            setattr(p, FLAG, p.requires_grad)
-            p.requires_grad_(False)
+    """Note the flag of each parameter and clear it; those noted before keep theirs, and so do adapters'."""
+    fresh = [(m, leaf, p) for m, leaf, p in _parameters(model) if leaf not in m.__dict__.get(FLAGS, ())]
+    for module, leaf, p in fresh:
+        module.__dict__.setdefault(FLAGS, {})[leaf] = p.requires_grad
+    for _, _, p in fresh:
+        p.requires_grad_(False)
 
 
-def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in wrappers(model):
-        mine = {id(p) for p in module.bare().parameters()}
-        yield from (p for p in module.parameters() if id(p) not in mine)
-    if here := tokens.standing(model):
-        yield from here.parameters()
+def _parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The model's own parameters, and where they stand."""
+    return [(m, leaf, p) for _, _, m in tree(model) for leaf, p in m._parameters.items() if p is not None]
 
 
-def _thaw(model: nn.Module) -> None:
-    for p in model.parameters():
-        if hasattr(p, FLAG):
-            p.requires_grad_(getattr(p, FLAG))
-            delattr(p, FLAG)
+def thaw(model: nn.Module) -> None:
+    """Give parameters their flags back. One that was noted twice, by two modules, was frozen the second time."""
+    trained: dict[nn.Parameter, bool] = {}
+    for module, leaf, p in _parameters(model):
+        if leaf in (flags := module.__dict__.get(FLAGS, {})):
+            trained[p] = trained.get(p, False) or flags[leaf]
+    for p, flag in trained.items():
+        p.requires_grad_(flag)
+    for module in model.modules():
+        module.__dict__.pop(FLAGS, None)

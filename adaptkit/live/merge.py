@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..errors import Corrupt, Mismatch, quoted, some
 from . import loose, sums
 from .adapted import Adapted
-from .attach import FLAG, adapted_modules, attached, detach
+from .attach import adapted_modules, attached, detach, wrappers
 from .tied import Tied
 from .tokens import standing
 
-KEPT = "_adaptkit_before"
+KEPT = "_adaptkit_before"  # in a wrapper's own __dict__: what it lacks, it would ask the wrapper inside for
 Values = dict[str, nn.Parameter]
 Modules = dict[str, Adapted]
 Watch = Callable[[Iterable], Iterable]
@@ -46,12 +46,15 @@ def merge(
         raise Mismatch(f"{some(virtual)} is made of virtual tokens, which no weight holds", hint=hint)
     chosen = {path: _chosen(path, module, wanted) for path, module in modules.items()}
     chosen = {path: mine for path, mine in chosen.items() if mine}
+    if empty := [p for p in chosen if getattr(modules[p].bare(), modules[p].parameter).is_meta]:
+        raise Mismatch(f"{some(empty)} has no numbers, it is on the meta device", hint="load the weights first")
     with torch.no_grad():
         old = _merged_all(model, modules, chosen, keep, watch)
-    for path, mine in chosen.items():
-        modules[path].merged_adapters += mine
-        if keep and not hasattr(modules[path], KEPT):
-            object.__setattr__(modules[path], KEPT, old[path])
+    for path, values in old.items():
+        modules[path].merged_adapters += chosen[path]
+        if keep and KEPT not in modules[path].__dict__:
+            modules[path].__dict__[KEPT] = values
+    _follow(model)
     return list(chosen)
 
 
@@ -60,7 +63,8 @@ def _merged_all(
 ) -> dict[str, Values]:
     """Merge; returns the old values that are still there. What may overflow goes first, with its old value at hand.
 
-    The rest cannot fail, and is summed in place unless it is to be kept or shares its memory.
+    The rest cannot overflow, and is summed in place unless it is to be kept or shares its memory. When that is
+    interrupted, what was summed counts as merged: the model computes what it did.
     """
     sure = {path for path, mine in chosen.items() if _sure(modules[path], mine)}
     shared = _shared(model)
@@ -70,27 +74,34 @@ def _merged_all(
             module = modules[path]
             weight = getattr(module.bare(), module.parameter)
             in_place = not keep and path in sure and weight.data_ptr() not in shared
-            old[path] = {} if in_place else _replace(path, module, chosen[path])
             if in_place:
                 _add(module, chosen[path], weight)
+                module.merged_adapters += chosen[path]
+            else:
+                old[path] = _replace(path, module, chosen[path])
     except BaseException:
         for path, values in old.items():
             _restore(modules[path], values)
         raise
-    for end in (m for m in modules.values() if isinstance(m, Tied)):
-        end.bare().weight = end.other.bare().weight
     return old
+
+
+def _follow(model: nn.Module) -> None:
+    """Give the other end of a tied matrix what the adapted one has now."""
+    for end in (w for w in wrappers(model) if isinstance(w, Tied)):
+        end.bare().weight = end.other.bare().weight
+        end.merged_adapters = list(end.other.merged_adapters)
 
 
 def unmerge(model: nn.Module) -> list[str]:
     """Give every weight back the bytes it had before merge. Raises Mismatch when they were not kept."""
     modules = {path: m for path, m in adapted_modules(model).items() if m.merged_adapters}
-    if lost := [path for path, m in modules.items() if not hasattr(m, KEPT)]:
+    if lost := [path for path, m in modules.items() if KEPT not in m.__dict__]:
         raise Mismatch(f"the old weights of {some(lost)} were not kept", hint="merge with keep=True")
     for module in modules.values():
-        _restore(module, getattr(module, KEPT))
-        delattr(module, KEPT)
+        _restore(module, module.__dict__.pop(KEPT))
         module.merged_adapters = []
+    _follow(model)
     return list(modules)
 
 
@@ -106,15 +117,13 @@ def absorb(
     """
     changed = merge(model, names, keep=False, watch=watch)
     wanted = [names] if isinstance(names, str) else names
-    modules = adapted_modules(model).values()
-    for module in modules:
+    for module in adapted_modules(model).values():
         module.merged_adapters = []
-        if hasattr(module, KEPT):
-            delattr(module, KEPT)
+        module.__dict__.pop(KEPT, None)
     kept = loose.acting(model) if wanted is None else [n for n in wanted if n in loose.of(model)]
     loose.act(model, kept)
     for name in kept:
-        changed += list(loose.of(model).pop(name).aside)
+        changed += loose.keep(model, name)
     for name in attached(model):
         detach(model, name)
     return changed
@@ -122,7 +131,7 @@ def absorb(
 
 def _chosen(path: str, module: Adapted, wanted: Collection[str] | None) -> list[str]:
     """The adapters to merge into one module. Raises Mismatch for an order in which that is not defined."""
-    names = module.active if wanted is None else wanted
+    names = dict.fromkeys(module.active if wanted is None else wanted)
     mine = [n for n in names if n in module.tuners and n not in module.merged_adapters]
     late = [n for n in mine if not module.tuners[n].follows]
     if late and (module.merged_adapters or mine.index(late[-1])):
@@ -142,9 +151,10 @@ def _sure(module: Adapted, names: Sequence[str]) -> bool:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The addresses of parameters whose memory several names share."""
+    """The addresses of parameters whose memory several names share, buffers' among them."""
     seen: dict[int, int] = {}
-    for _, p in model.named_parameters(remove_duplicate=False):
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for _, p in named:
         if p.device.type != "meta" and p.numel():
             seen[p.untyped_storage().data_ptr()] = seen.get(p.untyped_storage().data_ptr(), 0) + 1
     several = {at for at, times in seen.items() if times > 1}
@@ -166,18 +176,17 @@ def _replace(path: str, module: Adapted, names: Sequence[str]) -> Values:
     values = {part: _merged(path, module, part, names) for part in module.parts(names)}
     for part, value in values.items():
         old[part] = getattr(base, part)
-        new = nn.Parameter(value, requires_grad=old[part].requires_grad)
-        if hasattr(old[part], FLAG):
-            setattr(new, FLAG, getattr(old[part], FLAG))
-        setattr(base, part, new)
-    if isinstance(module, Tied):
-        old["weight"] = base.weight
+        if value.stride() != old[part].stride():  # channels_last
+            value = torch.empty_like(old[part]).copy_(value)
+        setattr(base, part, nn.Parameter(value, requires_grad=old[part].requires_grad))
     return old
 
 
 def _restore(module: Adapted, old: Values) -> None:
     for part, value in old.items():
-        setattr(module.bare(), part, value)
+        now = getattr(module.bare(), part)
+        value.data = value.data.to(now.device, now.dtype)  # the model may have moved since
+        setattr(module.bare(), part, value.requires_grad_(now.requires_grad))
 
 
 def _merged(path: str, module: Adapted, part: str, names: Sequence[str]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -23,9 +23,6 @@ class Tied(Adapted):
 
     def of(self, name: str) -> Mapping[str, Tensor]:
         return self.other.of(name)
-
-    def parts(self, names: Sequence[str]) -> Iterator[str]:
-        return iter(())  # its weight is merged with the other end's
 
 
 def other_end(model: nn.Module, module: nn.Module) -> nn.Module | None:

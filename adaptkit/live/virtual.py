@@ -115,6 +115,8 @@ def cache(model: nn.Module, acting: Acting, batch: int) -> Any:
     """
     from transformers import DynamicCache, EncoderDecoderCache
 
+    if model.training:
+        _uncheckpointed(model)  # trainers switch it on late
     size = dimensions(model)
     P = acting.rows().to(next(model.parameters()).dtype)
     if P.shape[-1] != 2 * size.layers * size.kv_heads * size.head_width:
@@ -146,10 +148,7 @@ def check(model: nn.Module, name: str) -> None:
         raise Mismatch(
             f"{type(model).__name__} reads no cache of keys and values, which a prefix is", hint="use prompt tuning"
         )
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        raise Mismatch(
-            "prefix tuning does not work with gradient checkpointing", hint="switch it off, or use prompt tuning"
-        )
+    _uncheckpointed(model)
     config = model.config
     if _two_parts(model) and (getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", 0)) > (
         dimensions(model).layers
@@ -159,6 +158,14 @@ def check(model: nn.Module, name: str) -> None:
         )
     if getattr(config, "num_kv_shared_layers", 0) or config.to_dict().get("per_layer_config"):
         raise Mismatch("layers that share or differ in keys and values take no prefix here", hint="use prompt tuning")
+
+
+def _uncheckpointed(model: nn.Module) -> None:
+    """Raises Mismatch for a model that computes its layers twice, without their caches."""
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise Mismatch(
+            "prefix tuning does not work with gradient checkpointing", hint="switch it off, or use prompt tuning"
+        )
 
 
 def _fed(module: nn.Module, words: Words, acting: Acting, longer: bool = False) -> Words:

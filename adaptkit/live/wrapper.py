@@ -55,6 +55,10 @@ class Wrapper(nn.Module):
             groups.setdefault(rows[i // times], []).append(i)
         if len(groups) == 1:
             return self.through(self._here(rows[0]), x, *args, **kwargs)
+        if any(isinstance(more, torch.Tensor) for more in (*args, *kwargs.values())):
+            raise Mismatch(
+                f"adapter_names cannot differ in a batch through {type(self.bare()).__name__}: it reads more"
+            )
         parts = [self.through(self._here(name), x[index], *args, **kwargs) for name, index in groups.items()]
         if not all(isinstance(part, torch.Tensor) for part in parts):
             raise Mismatch(f"adapter_names cannot differ in a batch through {type(self.bare()).__name__}")

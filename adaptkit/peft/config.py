@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ class _Targeted(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_modules, self.exclude_modules = _set(self.target_modules), _set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            rule = getattr(self, name)
+            if not isinstance(rule, (str, type(None))) and not (isinstance(rule, set) and all(map(_is_name, rule))):
+                raise Usage(f"{name} is {rule!r}; it is a pattern, or a list of names")
         if isinstance(self.modules_to_save, (set, tuple)):
             self.modules_to_save = list(self.modules_to_save)
         if isinstance(self.modules_to_save, str):
@@ -159,6 +164,9 @@ class LoraConfig(_Targeted):
         for name, r in {"r": self.r, **self.rank_pattern}.items():
             if type(r) is not int or r < 1:
                 raise Usage(f"{quoted(name)} is {r!r}, a rank is a whole number from 1")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, Real):
+                raise Usage(f"{quoted(name)} is {alpha!r}, an alpha is a number")
         if not 0 <= self.lora_dropout < 1:
             raise Usage(f"lora_dropout is {self.lora_dropout!r}, it lies between 0 and 1")
 
@@ -183,6 +191,10 @@ class IA3Config(_Targeted):
         both = isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set)
         if lost := sorted(self.feedforward_modules - self.target_modules) if both else []:
             raise Usage(f"feedforward_modules names {', '.join(lost)}, which target_modules does not")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _set(names: Any) -> Any:

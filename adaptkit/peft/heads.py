@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import Mismatch, Usage, quoted, some
 from ..live.adapted import Adapted
-from ..live.attach import Homes, tree
+from ..live.attach import Homes, attached, thaw, tree
 from ..live.replaced import Replaced
 
 COMMON = {"classifier", "score"}  # PEFT names both for every classifier, which has one of them
@@ -92,6 +92,8 @@ def keep(model: nn.Module, names: Collection[str]) -> None:
     homes = Homes(model)
     for module in of(model).values():
         homes.put(module, module.acting(list(names)))
+    if not attached(model):
+        thaw(model)  # which the copies were told when they were made
 
 
 def activate(model: nn.Module, names: Collection[str]) -> None:

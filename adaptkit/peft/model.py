@@ -46,6 +46,7 @@ class PeftModel(nn.Module):
         adapter: Adapter | None = None,
     ):
         super().__init__()
+        _usable(model, peft_config)
         if isinstance(model, (PeftModel, TunerModel)):
             raise Mismatch("this model carries adapters already", hint="add_adapter and load_adapter put on more")
         _float32(model, autocast_adapter_dtype)
@@ -54,6 +55,7 @@ class PeftModel(nn.Module):
         else:
             kind = MODELS[PeftType(peft_config.peft_type)]
             self.base_model = kind(model, peft_config, adapter_name, adapter=adapter)
+        self.register_state_dict_post_hook(_apart)
         if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient gives its adapters none
 
@@ -183,6 +185,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """One more adapter, fresh; set_adapter makes it act and train."""
         _float32(self.get_base_model(), autocast_adapter_dtype)
+        _usable(self.get_base_model(), peft_config)
         _told(self.get_base_model(), peft_config)
         self.tuner.inject(adapter_name, peft_config)
 
@@ -410,10 +413,31 @@ def get_peft_model(
 ) -> PeftModel:
     """A model with a fresh adapter, which trains. The settings learn which model it is."""
     _nothing(mixed=mixed)
+    _usable(model, peft_config)
     _told(model, peft_config)
     peft_config.revision = revision or peft_config.revision
     kind = CLASSES.get(peft_config.task_type, PeftModel)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+def _apart(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Trainers write a state dict as safetensors, which takes no tensor twice: of tied ends, the second is a copy."""
+    seen: set[int] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.is_meta or not value.numel():
+            continue
+        if value.data_ptr() in seen:
+            state[name] = value.clone()
+        seen.add(value.data_ptr())
+
+
+def _usable(model: Any, config: Any) -> None:
+    """Raises Usage for what is no model, and for settings of another library: their options would not be checked."""
+    if not isinstance(model, nn.Module):
+        raise Usage(f"the model is a {type(model).__name__}, which is no torch module")
+    if not isinstance(config, PeftConfig) or type(config) is PeftConfig:
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise Usage(f"peft_config is a {kind}", hint="make a LoraConfig, or another, of adaptkit.peft")
 
 
 def _told(model: nn.Module, config: PeftConfig) -> None:

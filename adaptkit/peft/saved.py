@@ -52,7 +52,9 @@ def _differs(modules: dict[str, nn.Module], name: str, there: torch.Tensor) -> b
 
 def missing(model: nn.Module, config: PeftConfig, adapter: Adapter) -> list[str]:
     """The modules that the settings choose and the file holds nothing for; warned of."""
-    lost = [p for p in resolved(model, config) if p not in adapter.sites]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdaptKitWarning)  # said when the adapter was put on
+        lost = [p for p in resolved(model, config) if p not in adapter.sites]
     if lost:
         warnings.warn(f"the adapter holds nothing for {some(lost)}, which its settings choose", AdaptKitWarning)
     return lost

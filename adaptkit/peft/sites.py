@@ -14,7 +14,7 @@ from ..adapter import Adapter, Site
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..formats.peft.patterns import lookup, unmatched
 from ..live.attach import PLAIN, adaptable, bare, is_read, suited, turned, unwrapped
-from ..select import Select, matching
+from ..select import Select, matching, unused
 from ..tuners.dora import DoRA, norms
 from ..tuners.experts import ExpertLoRA
 from ..tuners.ia3 import IA3
@@ -46,7 +46,10 @@ def resolved(model: nn.Module, config: PeftConfig) -> list[str]:
     chosen = _selection(config)(names) if config.target_modules or not parameters else []
     _unused(given, config.exclude_modules, names)
     config.fan_in_fan_out = any(type(modules[p]).__name__ == "Conv1D" for p in chosen)
-    return [*_with_outputs(chosen, modules), *parameters, *_of_tokens(model, config, modules)]
+    tokens = _of_tokens(model, config, modules)
+    if both := [p for p in chosen if p in tokens]:
+        raise Mismatch(f"{some(both)} is in target_modules and in trainable_token_indices", hint="do one or the other")
+    return [*_with_outputs(chosen, modules), *parameters, *tokens]
 
 
 def fresh(model: nn.Module, config: PeftConfig, chosen: list[str]) -> Adapter:
@@ -175,7 +178,7 @@ def _selection(config: PeftConfig) -> Select:
 
 def _unused(targets: Any, exclude: Any, names: list[str]) -> None:
     for field, rule in (("target_modules", targets), ("exclude_modules", exclude)):
-        if lost := [e for e in sorted(rule if isinstance(rule, set) else ()) if not matching([e], names)]:
+        if lost := unused(rule if isinstance(rule, set) else (), names):
             warnings.warn(f"{field}: no module is called {some(lost)}", AdaptKitWarning, stacklevel=4)
 
 

@@ -144,8 +144,9 @@ class TunerModel(nn.Module):
         for name in names:
             for copy in (m.modules_to_save[name] for m in heads.of(self.model).values() if name in m.names()):
                 copy.requires_grad_(requires_grad)
-            for path in loose.of(self.model)[name].aside if name in loose.of(self.model) else ():
-                self.model.get_parameter(path).requires_grad_(requires_grad and path.rpartition(".")[2] == "bias")
+            if replaced := loose.of(self.model).get(name):
+                for path in replaced.aside:
+                    replaced.train(self.model, path, requires_grad and path.rpartition(".")[2] == "bias")
 
     def set_adapter(self, adapter_name: str | Collection[str], inference_mode: bool = False) -> None:
         """Choose the adapters that act, in order; they train, unless inference_mode, and the others do not."""

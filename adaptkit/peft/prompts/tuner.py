@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter import Adapter
-from ...errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted, some
+from ...errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ...live.adapted import Adapted
 from ...live.encoders import Rows
 from ...live.virtual import Acting, Virtual, check
@@ -66,7 +66,6 @@ class Prompts:
         made = encoder(settings, self.model.get_input_embeddings()).to(next(self.model.parameters()).device)
         if adapter is not None:
             _fill(made, adapter)
-        self.model.requires_grad_(False)
         self._heads(name, config, adapter)
         self.encoders[name], self.peft_config[name] = made.train(self.model.training), config
         self.set_requires_grad(name, False)
@@ -74,11 +73,12 @@ class Prompts:
 
     def _heads(self, name: str, config: PromptLearningConfig, adapter: Adapter | None) -> None:
         """Copies of the modules to save, with the adapter's numbers; the model is as it was if those do not fit."""
-        heads.train_whole(self.model, name, heads.chosen(self.model, config.modules_to_save or ()))
         try:
+            self.model.requires_grad_(False)
+            heads.train_whole(self.model, name, heads.chosen(self.model, config.modules_to_save or ()))
             if adapter is not None:
                 _fill_heads(self.model, name, adapter)
-        except AdaptKitError:
+        except BaseException:
             heads.remove(self.model, name)
             if not self.peft_config:
                 self._bare()

@@ -64,7 +64,7 @@ class LoraLayer(Slotted):
         if letter == "m":
             return nn.Module()
         if value.ndim == 2:
-            return linear(value, bias=False)
+            return linear(value)
         base: Any = self.bare()
         if letter == "B":
             return type(base)(value.shape[1], value.shape[0], 1, bias=False, device="meta")

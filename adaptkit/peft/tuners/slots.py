@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from ...errors import Usage, quoted
+from ...errors import Mismatch, Usage, quoted
 from ...live.adapted import Adapted
 from ...tuners.base import Tuner
 
@@ -37,6 +37,8 @@ class Slotted(Adapted):
 
     def put(self, name: str, params: Mapping[str, nn.Parameter]) -> None:
         for letter in params.keys() - self.slots.keys():
+            if params[letter].requires_grad:
+                raise Mismatch(f"this {type(self.bare()).__name__} carries adapters of another kind already")
             self._hold(name, letter, params[letter])
         for letter in (letter for letter in self.slots if letter in params):  # a weight before the bias beside it
             value, box, leaf = params[letter], self.box(letter), self.slots[letter][1]
@@ -197,6 +199,11 @@ def _checked(name: str, box: nn.ModuleDict) -> None:
         raise Usage(f"{quoted(name)!r} cannot be an adapter's name: torch uses it", hint="choose another name")
 
 
-def linear(weight: Tensor, bias: bool) -> nn.Linear:
+def linear(weight: Tensor) -> nn.Linear:
     """An nn.Linear to hold a weight. weight: (out, in)"""
-    return nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias, device="meta")
+    made = nn.Linear.__new__(nn.Linear)  # its own __init__ would draw numbers, which takes longer than all the rest
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = weight.shape
+    made.register_parameter("weight", None)
+    made.register_parameter("bias", None)
+    return made
