@@ -6,7 +6,7 @@ import importlib
 
 HOMES = {
     "Adapter": "adapter", "Site": "adapter", "AdaptKitError": "errors", "AdaptKitWarning": "errors",
-    "Format": "formats.base", "Select": "select", "Tuner": "tuners.base", "registry": "registry",
+    "Format": "formats.base", "Note": "formats.base", "fold": "formats.fold", "appearing": "formats.base", "Select": "select", "Tuner": "tuners.base", "registry": "registry",
     "Checkpoint": "store.checkpoint", "open_checkpoint": "store.checkpoint", "read": "formats.base",
     "LoRA": "tuners.lora", "DoRA": "tuners.dora", "IA3": "tuners.ia3",
     "PromptTuning": "tuners.virtual", "PTuning": "tuners.virtual", "PrefixTuning": "tuners.virtual",
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> object:
     if name not in HOMES:
         raise AttributeError(f"module 'adaptkit' has no attribute {name!r}")
     home = importlib.import_module(f".{HOMES[name]}", __name__)
-    return home if name in ("registry", "live") else getattr(home, name)
+    return home if name in ("registry", "live", "fold") else getattr(home, name)
 
 
 def __dir__() -> list[str]:

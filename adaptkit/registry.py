@@ -25,10 +25,11 @@ OURS = "adaptkit"
 def catalogue(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
     """Every claim on every name of one kind, as the installed packages declare them; nothing is imported."""
     found: dict[str, list[EntryPoint]] = {}
-    for point in _declared(f"adaptkit.{kind}"):
+    for point in sorted(_declared(f"adaptkit.{kind}"), key=lambda p: package(p) != OURS):
         if package(point) == OURS or not os.environ.get("ADAPTKIT_NO_PLUGINS"):
             claims = found.setdefault(point.name, [])
-            if all(package(p) != package(point) for p in claims):  # a folder listed twice on sys.path is one claim
+            # a folder listed twice on sys.path is one claim, and so is one class that two packages ship
+            if all(package(p) != package(point) and p.value != point.value for p in claims):
                 claims.append(point)
     return {name: tuple(found[name]) for name in sorted(found)}
 

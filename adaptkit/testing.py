@@ -21,7 +21,7 @@ from . import registry
 from .adapter import Adapter, Site
 from .errors import AdaptKitError
 from .formats.base import Format
-from .store.arrays import load
+from .store.arrays import dtype_of, load
 from .store.entry import Entry
 from .tuners.base import Params, Tuner
 
@@ -220,13 +220,23 @@ def _same(got: Any, wanted: Any, what: str) -> None:
 # formats
 
 
-def check_format(format: Format, adapter: Adapter, path: Path, may_refuse: bool = False) -> bool:
+def check_format(
+    format: Format,
+    adapter: Adapter,
+    path: Path,
+    may_refuse: bool = False,
+    may_fold: bool = False,
+    base: Path | None = None,
+) -> bool:
     """A format holds an adapter: it recognises what it wrote, reads it back bit for bit, and loses nothing.
 
     may_refuse: a refusal in a sentence, with nothing left at `path`, is good as well. Returns whether it was held.
+    may_fold: a scale may go into the factors, and ranks may grow: what each site adds is compared, to one rounding.
+        Meta of other formats may be left out then.
+    base: the model, for formats that need one.
     """
     _recognises_nothing_else(format, path.parent)
-    refusal = _refusal(format, adapter, path)
+    refusal = _refusal(format, adapter, path, base)
     if refusal is not None and not may_refuse:
         raise refusal
     if refusal is not None:
@@ -235,16 +245,46 @@ def check_format(format: Format, adapter: Adapter, path: Path, may_refuse: bool 
         return False
     assert path.exists(), f"{format.name}.write made nothing at {path.name}"
     assert format.sniff(path), f"{format.name}.sniff does not recognise what it wrote"
-    _equal(adapter, format.read(path), format.name)
+    back = format.read(path, **({"base": base} if base else {}))
+    (_equal_updates if may_fold else _equal)(adapter, back, format.name)
     return True
 
 
-def _refusal(format: Format, adapter: Adapter, path: Path) -> AdaptKitError | None:
+def _refusal(format: Format, adapter: Adapter, path: Path, base: Path | None) -> AdaptKitError | None:
     try:
-        format.write(adapter, path)
+        format.write(adapter, path, **({"base": base} if base else {}))
     except AdaptKitError as e:
         return e
     return None
+
+
+ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+
+
+def _equal_updates(wrote: Adapter, read: Adapter, who: str) -> None:
+    """What LoRA adds is the same to one rounding of its B; everything else bit for bit."""
+    for path in read.sites.keys() - wrote.sites.keys():
+        assert not _added(read.sites[path])[0].any(), f"{who} adds something to {path}"
+    for path, site in wrote.sites.items():
+        assert path in read.sites, f"{who} loses {path}"
+        back = read.sites[path]
+        if not {"A", "B"} <= set(site.params):
+            assert back.tuner == site.tuner, f"{who}: {path} has {back.tuner} instead of {site.tuner}"
+            _same_bits(site.params, back.params, f"{who}: {path}")
+            continue
+        (mine, most), (theirs, _) = _added(site), _added(back)
+        assert theirs.shape == mine.shape, f"{who}: {path} adds {theirs.shape} instead of {mine.shape}"
+        worst = (np.abs(mine - theirs) / np.maximum(most, 1e-300)).max(initial=0)
+        allowed = max(ROUNDING[dtype_of(s.params["B"])] for s in (site, back))
+        assert worst <= allowed, f"{who}: what {path} adds differs by {worst:.3g}, one rounding is {allowed:.3g}"
+    _same_bits(wrote.whole, read.whole, f"{who}: whole")
+
+
+def _added(site: Site) -> tuple[np.ndarray, np.ndarray]:
+    """s B A and s |B| |A|, which bounds what a rounding of B can change."""
+    A, B = (load(site.params[k]).astype("f8") for k in "AB")
+    A, B, s = A.reshape(len(A), -1), B.reshape(len(B), -1), getattr(site.tuner, "scale", 1.0)
+    return s * (B @ A), abs(s) * (np.abs(B) @ np.abs(A))
 
 
 def _recognises_nothing_else(format: Format, folder: Path) -> None:

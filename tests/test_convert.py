@@ -253,7 +253,7 @@ def test_an_adapter_beside_its_shards_is_the_adapter(tmp_path: Path):
         ([str(LLAMA), "--to", "peft"], "this is a model, not an adapter; adaptkit extract makes an adapter of one"),
         ([str(LORA), "--to", "peft", "--max-shard-size", "5GB"], "--max-shard-size: is for whole checkpoints"),
         ([str(LLAMA), "--to", "pytorch", "--drop", "bias"], "--drop: is for adapters"),
-        ([str(LORA), "--to", "peft", "--drop", "bias"], "--drop: PEFT's format holds every kind"),
+        ([str(LORA), "--to", "peft", "--drop", "biases"], "--drop: biases is no kind of part"),
         ([str(LORA), "--to", "safetensors", "--for", "vllm"], "--to: vllm reads peft"),
         ([str(LORA), "--to", "peft", "--base", "nowhere"], "--base: not found"),
     ],

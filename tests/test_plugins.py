@@ -41,12 +41,13 @@ def plugins(path: list[str]):
 
 
 def test_every_plugin_is_listed_with_its_package(plugins):
-    """The three packages of plugins/ appear beside the built-in names."""
+    """The packages of plugins/ appear beside the built-in names."""
     found = {(p.kind, p.name): (p.package, p.broken) for p in adaptkit.plugins()}
 
     assert found["tuner", "echo"] == found["format", "echo"] == ("adaptkit-echo", False)
     assert found["format", "npz"] == ("adaptkit-npz", False)
     assert found["tuner", "hra"] == ("adaptkit-hra", False)
+    assert found["format", "gguf"] == found["format", "onnx_adapter"] == ("adaptkit", False)  # shipped with it
     assert found["tuner", "lora"] == ("adaptkit", False)
 
 
@@ -54,11 +55,12 @@ def test_every_plugin_is_listed_with_its_package(plugins):
 def test_a_plugin_is_one_module_one_pyproject_and_one_test(folder: Path):
     """What a stranger copies is small, and looks into the shop window only."""
     files = sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
-    (module,) = folder.glob("adaptkit_*.py")
+    (module,) = folder.glob("adaptkit_*")
+    text = (module / "__init__.py" if module.is_dir() else module).read_text()
 
     assert files == sorted([module.name, "pyproject.toml", *(t.name for t in folder.glob("test_*.py"))])
     assert len(files) == 3
-    assert "adaptkit." not in module.read_text().replace("adaptkit.testing", "")
+    assert "adaptkit." not in text.replace("adaptkit.testing", "")
 
 
 @pytest.mark.slow

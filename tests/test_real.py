@@ -69,10 +69,12 @@ BASES = {
 }
 VIT = ("ViTConfig", {"image_size": 32, "intermediate_size": 64}, "AutoModelForImageClassification")
 FOREIGN = ("recognises it", 4)
+OTHER_MODELS = {"57": 8, "61": 128, "62": 128, "63": 128, "70": 4}  # MLX's, kohya's and diffusers'
 REFUSED = {
     "46": ("virtual tokens [12, 1536], the embedding transformer.wte.weight is [64, 16]", 4),
-    "57": ("settings of MLX, not of PEFT", 4),
-    **dict.fromkeys(("58", "61", "62", "63", "70", "71", "77", "84", "85"), FOREIGN),
+    **{n: (f"none of {count} adapted modules is in the model", 4) for n, count in OTHER_MODELS.items()},
+    "58": ("does not hold its scale", 4),
+    **dict.fromkeys(("71", "77", "84", "85"), FOREIGN),
     "82": ("holds no tensors", 3),
 }
 

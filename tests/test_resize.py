@@ -60,7 +60,7 @@ def test_energy_chooses_the_smallest_rank_of_each_site(tmp_path: Path):
     found = resize(tmp_path / "a", tmp_path / "o", energy=0.5)
     bounded = resize(tmp_path / "a", tmp_path / "p", energy=1.0, max_rank=3)
 
-    assert [(r.new, round(r.energy, 6)) for r in found.sites] == [(4, 0.5), (1, 0.99)]
+    assert {r.name: (r.new, round(r.energy, 6)) for r in found.sites} == {PATH: (4, 0.5), "net.1": (1, 0.99)}
     assert [r.new for r in bounded.sites] == [3, 3]
     assert json.loads((tmp_path / "o" / "adapter_config.json").read_text())["rank_pattern"]
     assert {p: s.tuner.r for p, s in read(tmp_path / "o").sites.items()} == {PATH: 4, "net.1": 1}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from .. import registry
 from ..adapter import Adapter
-from ..errors import AdaptKitError, Mismatch, Usage, some
+from ..errors import AdaptKitError, Mismatch, System, Usage, some
+from ..store.disk import HINTS, sync_folder, why
 
 
 @dataclass(frozen=True)
 class Note:
     """What a reader or a writer did to a part of an adapter.
 
-    what: "folded", "padded", "dropped", "kept", "renamed".    where: the site or tensor.    text: why, in one clause.
+    what: "folded", "padded", "fused", "dropped", "kept", "renamed" or "rounded".   where: the site or tensor.
+    text: why, in one clause.
     """
 
     what: str
@@ -26,14 +31,11 @@ class Note:
 
 
 class Format(ABC):
-    """How adapters of one program look on disk.
-
-    suffix: "" writes a folder, anything else one file that ends so.    cannot: what it cannot hold, for people.
-    """
+    """How adapters of one program look on disk."""
 
     name: ClassVar[str]
-    suffix: ClassVar[str] = ""
-    cannot: ClassVar[tuple[str, ...]] = ()
+    suffix: ClassVar[str] = ""  # a folder is written; otherwise one file whose name ends so
+    cannot: ClassVar[tuple[str, ...]] = ()  # what it cannot hold, for people
 
     @abstractmethod
     def sniff(self, path: Path) -> bool:
@@ -41,12 +43,19 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, path: Path, *, base: Path | None = None) -> Adapter:
-        """The adapter at `path`. Params may be store Entries, read when they are needed. base: the model, if given."""
+        """The adapter at `path`. Params may be store Entries, read when they are needed.
+
+        base: the model it belongs to, for formats whose files do not say enough by themselves.
+        """
 
     def write(
         self, adapter: Adapter, path: Path, *, base: Path | None = None, drop: Collection[str] = ()
     ) -> list[Note]:
-        """Write an adapter, or say what of it this format cannot hold. drop: kinds of parts that may be left out."""
+        """Write an adapter, or say what of it this format cannot hold; returns what had to be changed for it.
+
+        drop: kinds of parts that may be left out ("whole", "tokens", "conv", ...), each with a Note.
+        Raises Mismatch for what cannot be held, Usage when something is at `path` already.
+        """
         raise Mismatch(f"format {self.name!r} can only be read")
 
 
@@ -55,17 +64,70 @@ def read(path: Path, name: str | None = None, *, base: Path | None = None) -> Ad
     path = Path(path)
     if not path.exists():
         raise Usage("not found", where=path, hint="give an adapter's folder or file, or a Hub id (user/name)")
-    found = [name] if name else _fitting(path)
-    if not found:
+    fitting = [name] if name else _fitting(path)
+    if not fitting:
         raise _nothing_fits(path)
-    if len(found) > 1:
-        raise Usage(f"fits {' and '.join(found)}", where=path, hint="read it in Python with the format's name")
-    options = {} if base is None else {"base": base}  # formats that need no base may not know the word
-    with registry.blamed("formats", found[0]):
-        adapter = registry.load("formats", found[0])().read(path, **options)
-    adapter.meta.setdefault("format", found[0])
+    if len(fitting) > 1:
+        raise Usage(f"fits {' and '.join(fitting)}", where=path, hint="say which it is (--from)")
+    with registry.blamed("formats", fitting[0]):
+        method = registry.load("formats", fitting[0])().read
+        adapter = method(path, **_taken(method, base=Path(base) if base else None))
+    adapter.meta.setdefault("format", fitting[0])
     adapter.meta.setdefault("path", str(path))
     return adapter
+
+
+def write(
+    adapter: Adapter,
+    path: str | Path,
+    name: str = "peft",
+    *,
+    base: Path | None = None,
+    drop: Collection[str] = (),
+    **how: Any,
+) -> list[Note]:
+    """Write an adapter in a format; returns what had to be changed for it.
+
+    how: further options of that format's `write`.
+    Raises Mismatch for what the format cannot hold, Usage when something is there.
+    """
+    format, path = registry.load("formats", name)(), Path(path)
+    if format.suffix and path.suffix != format.suffix:
+        raise Usage(f"{name} is written as one file that ends in {format.suffix}", where=path)
+    with registry.blamed("formats", name):
+        options = _taken(format.write, base=Path(base) if base else None, drop=tuple(drop))
+        return format.write(adapter, path, **options, **how) or []
+
+
+def _taken(method: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """The options that a method has a place for: a plugin need not know those it has no use for."""
+    known = inspect.signature(method).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return options
+    return {k: v for k, v in options.items() if k in known}
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write one file at; it becomes `path` when the block ends well, and is removed if not.
+
+    Raises Usage when something is at `path` already, System when the file system refuses.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise Usage("is there already", where=path, hint="choose another name, or delete it")
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.unlink(missing_ok=True)  # of a run that was killed
+        yield beside
+        with open(beside, "rb") as f:
+            os.fsync(f.fileno())
+        os.link(beside, path) if hasattr(os, "link") else os.rename(beside, path)  # link never replaces a file
+        sync_folder(path.parent)
+    except OSError as e:
+        raise System(f"cannot be written ({why(e)})", where=path, hint=HINTS.get(e.errno)) from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _fitting(path: Path) -> list[str]:
@@ -75,13 +137,6 @@ def _fitting(path: Path) -> list[str]:
         if found := [n for n in asked if _recognises(n, path)]:
             return found
     return []
-
-
-def write(adapter: Adapter, path: str | Path, name: str = "peft", **options: Any) -> list[Note]:
-    """Write an adapter in a format. Raises Mismatch for what the format cannot hold, Usage when something is there."""
-    given = {k: v for k, v in options.items() if v}
-    with registry.blamed("formats", name):
-        return list(registry.load("formats", name)().write(adapter, Path(path), **given) or ())
 
 
 def _recognises(name: str, path: Path) -> bool:

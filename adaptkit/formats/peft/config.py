@@ -159,10 +159,13 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def whose(config: dict[str, Any]) -> str | None:
-    """The program that writes such settings, for those that use the same file name."""
-    marks = {"MLX": ("fine_tune_type", "lora_parameters"), "AdapterHub": ("model_class", "model_type", "hidden_size")}
+    """The program that writes such settings, for those that use the same file name; None for PEFT."""
+    if "peft_type" in config:
+        return None
+    marks = {"MLX": ("fine_tune_type",), "AdapterHub": ("model_class", "model_type", "hidden_size")}
     marks |= {
         "MLX ": ("lora_layers",),
+        "MLX  ": ("lora_parameters",),
         "AdapterHub ": ("config", "model_name"),
         "transformers (a model)": ("architectures",),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import registry
 from ...adapter import Adapter, Site
-from ...errors import AdaptKitError, Corrupt, Mismatch, Usage, quoted, some
+from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
 from ...select import layer, matching
 from ...store import pickles
 from ...store.arrays import FLOATS, load
@@ -33,7 +33,7 @@ class Peft(Format):
     """PEFT: adapter_config.json beside adapter_model.safetensors or .bin."""
 
     name = "peft"
-    cannot = ("several kinds of tuner in one adapter", "another rsLoRA or dropout for each module")
+    cannot = ("tuners of two kinds in one folder", "another dropout for each module")
 
     def sniff(self, path: Path) -> bool:
         if path.is_file():
@@ -77,10 +77,7 @@ class Peft(Format):
     def write(
         self, adapter: Adapter, path: Path, *, base: Path | None = None, drop: Collection[str] = (), **how: Any
     ) -> list[Note]:
-        if drop:
-            raise Usage("PEFT's format holds every kind; there is nothing to leave out", where="--drop")
-        write(adapter, path, **how)
-        return []
+        return write(adapter, path, drop=drop, **how)
 
 
 def _inner(path: Path) -> Path:

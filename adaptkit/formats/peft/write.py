@@ -5,10 +5,8 @@ Numbers keep the dtype they are stored in, if PEFT reads it and no other is aske
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ import numpy as np
 from ...adapter import Adapter, Site
 from ...errors import Mismatch, quoted, some
 from ...store.arrays import FLOATS, NUMPY, load, rounded
-from ...store.disk import write_all
 from ...store.entry import Entry
-from ...store.output import Output
-from ...store.safetensors import header
+from ..base import Note
+from ..fold import WORDS, chosen, kinds
+from ..save import by_width, folder
 from .build import EMBEDDINGS, REGISTERED, VIRTUAL
 from .config import COMMON, SCHEMAS
 from .keys import PREFIX
@@ -32,13 +30,17 @@ STORED = {NUMPY[dtype]: dtype for dtype in FLOATS}
 Tensors = dict[str, np.ndarray]
 
 
-def write(adapter: Adapter, path: Path, *, dtype: str | None = None, **how: Any) -> None:
+def write(
+    adapter: Adapter, path: Path, *, drop: Collection[str] = (), dtype: str | None = None, **how: Any
+) -> list[Note]:
     """Write a folder with adapter_config.json and adapter_model.safetensors that appears whole.
 
+    drop: kinds of parts to leave out.
     dtype: of the factors, as safetensors spells it; tensors replaced outright keep theirs.
-    how: overwrite, inputs, beside and made, as `_save` takes them.
+    how: overwrite, inputs, beside and made, as `save.folder` takes them.
     Raises Mismatch for what PEFT's format cannot hold, Usage when the folder is not empty.
     """
+    adapter, notes = _kept(adapter, drop)
     kind = _kind(adapter)
     config, tensors = {"LORA": _lora, "IA3": _ia3, "TOKENS": _tokens}.get(kind, _virtual)(adapter)
     if dtype is not None:
@@ -52,7 +54,24 @@ def write(adapter: Adapter, path: Path, *, dtype: str | None = None, **how: Any)
     if any(_is_bias(n, adapter) for n in adapter.whole):
         config["bias"] = adapter.about["bias"]
     config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
-    _save(path, config, tensors, **how)
+    folder(path, "adapter_model.safetensors", by_width(tensors), {"format": "pt"}, config, by="peft", **how)
+    return notes
+
+
+def _kept(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Note]]:
+    """What is left after dropping, with one spelling of the scale for all sites."""
+    notes: list[Note] = []
+    sites, whole = dict(adapter.sites), dict(adapter.whole)
+    if drop:
+        held = set(WORDS) | {k for s in sites.values() for k in kinds(s)}
+        sites, whole, notes = chosen(adapter, "peft", held - set(drop), drop)
+    if len({s.tuner.rslora for s in sites.values() if s.tuner.name in LORAS}) > 1:
+        for path, site in sites.items():
+            if site.tuner.name in LORAS and site.tuner.rslora:
+                alpha = site.tuner.scale * site.tuner.r
+                sites[path] = Site(replace(site.tuner, alpha=alpha, rslora=False), site.params)
+                notes.append(Note("folded", path, "rsLoRA is one setting for all, so its root went into alpha"))
+    return Adapter(sites, whole, adapter.meta, adapter.about), notes
 
 
 def _array(value: Any) -> np.ndarray:
@@ -240,52 +259,3 @@ def _ia3(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
             l if l.ndim > 1 else l.reshape((1, -1) if site.tuner.feedforward else (-1, 1))
         )
     return config, tensors
-
-
-def _dtype(value: np.ndarray | Entry) -> str:
-    """As safetensors spells it."""
-    if isinstance(value, Entry):
-        return value.dtype
-    return STORED.get(value.dtype) or {"int64": "I64", "int32": "I32"}[value.dtype.name]
-
-
-def _save(
-    path: Path,
-    config: dict[str, Any],
-    tensors: Mapping[str, np.ndarray | Entry],
-    *,
-    overwrite: bool = False,
-    inputs: Collection[Path] = (),
-    beside: Collection[tuple[Path, str]] = (),
-    made: Mapping[str, Any] | None = None,
-) -> None:
-    """inputs: folders that the output must stay out of.   beside: (file, name) to copy.   made: for adaptkit.json."""
-    arrays = {n: tensors[n] for n in sorted(tensors)}
-    head = header(((n, _dtype(a), a.shape, a.nbytes) for n, a in arrays.items()), {"format": "pt"})
-    settings = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    size = len(head) + sum(a.nbytes for a in arrays.values())
-    plan = hashlib.sha256(settings + head)
-    for a in arrays.values():
-        plan.update(
-            repr((a.file, a.offset)).encode()
-            if isinstance(a, Entry)
-            else np.ascontiguousarray(a).reshape(-1).view("u1")
-        )
-    need = size + len(settings) + sum(file.stat().st_size for file, _ in beside)
-    files, places = 2 + len(beside), {"inputs": inputs, "overwrite": overwrite}
-    with Output(path, plan=plan.hexdigest(), need=need, files=files, **places) as out:
-        if not out.done("adapter_model.safetensors"):
-            with out.file("adapter_model.safetensors", size) as fd:
-                write_all(fd, head, 0)
-                at = len(head)
-                for a in arrays.values():
-                    raw = np.ascontiguousarray(load(a)).reshape(-1).view("u1")
-                    write_all(fd, memoryview(raw), at)
-                    at += raw.size
-        if not out.done("adapter_config.json"):
-            with out.file("adapter_config.json", len(settings)) as fd:
-                write_all(fd, settings, 0)
-        for file, name in beside:
-            if not out.done(name):
-                out.copy(file, name)
-        out.publish({"made": made or {"verb": "write", "format": "peft"}})
