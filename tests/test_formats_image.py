@@ -192,7 +192,7 @@ def test_numbers_that_are_none_are_not_passed_on(tmp_path: Path):
 def test_float16_that_overflows_is_refused(tmp_path: Path):
     """A scale of 1000 on 100 leaves float16; the sentence says which module and what to do."""
     site = Site(LoRA(r=1, alpha=1000.0), {"A": np.ones((1, 4), "f2"), "B": np.full((4, 1), 100, "f2")})
-    with pytest.raises(AdaptKitError, match="too large for float16; use --dtype float32"):
+    with pytest.raises(AdaptKitError, match="overflows float16; use --dtype float32"):
         write(Adapter({"unet.mid_block.resnets.0.time_emb_proj": site}), tmp_path / "x.safetensors", "diffusers")
 
 

@@ -83,3 +83,14 @@ def test_an_onnx_adapter_is_what_olive_makes(tmp_path: Path):
 
     assert mine == theirs
     ort.LoraAdapter().Load(str(tmp_path / "x.onnx_adapter"))
+
+
+@pytest.mark.parametrize("case", ["gguf/lora-f32", "onnx_adapter/olive_lora"])
+def test_an_adapter_of_any_format_merges(case: str, tmp_path: Path):
+    """The same bytes as from the PEFT folder that it was made of; formats that need the model are read with it."""
+    base = FORMATS / "bases" / "llama"
+    adaptkit.merge(base, FORMATS / "peft" / "lora", tmp_path / "expected")
+    adaptkit.merge(base, FORMATS / case, tmp_path / "found")
+
+    a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("expected", "found"))
+    assert a == b

@@ -48,6 +48,13 @@ class Format(ABC):
         base: the model it belongs to, for formats whose files do not say enough by themselves.
         """
 
+    def file(self, path: Path) -> Path:
+        """The path itself, or the only file with this format's suffix in a folder that is no model."""
+        if not path.is_dir() or (path / "config.json").exists():
+            return path
+        found = [p for p in path.iterdir() if p.suffix == self.suffix and p.is_file()]
+        return found[0] if len(found) == 1 else path
+
     def write(
         self, adapter: Adapter, path: Path, *, base: Path | None = None, drop: Collection[str] = ()
     ) -> list[Note]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import registry
 from ..adapter import Adapter, Site
 from ..errors import Mismatch, Usage, quoted, some
 from ..store.arrays import FLOATS, NUMPY, dtype_of, load, rounded, working
@@ -24,12 +25,12 @@ from ..store.entry import Entry
 from .base import Note
 
 WORDS = {  # kinds of parts, as people call them
-    "whole": "tensors that are replaced outright",
-    "bias": "LoRA's own trained biases",
+    "whole": "tensors that are replaced outright (modules_to_save)",
+    "bias": "trained biases",
     "tokens": "trained token rows",
     "embedding": "LoRA on embeddings",
     "conv": "LoRA on convolutions",
-    "dora": "DoRA",
+    "dora": "DoRA's magnitudes",
     "ia3": "IA3",
     "experts": "LoRA on stacks of experts",
     "prompt": "prompt tuning",
@@ -88,7 +89,7 @@ def with_scale(site: Site, scale: float, where: str = "") -> Site:
     """
     factor = site.tuner.scale / scale
     tuner = replace(site.tuner, alpha=scale * site.tuner.r, rslora=False)
-    if factor == 1:
+    if math.isclose(factor, 1, rel_tol=1e-12):
         return Site(tuner, dict(site.params))
     more = {k: _times(site.params[k], factor, where or "a site") for k in ("B", "c") if k in site.params}
     return Site(tuner, {**site.params, **more})
@@ -102,7 +103,7 @@ def _times(value: Any, factor: float, where: str) -> np.ndarray:
     out = np.empty(array.shape, NUMPY[kind])
     rounded(array.astype(working(kind)) * factor, kind, out)
     if np.isfinite(array.astype("f8")).all() and not np.isfinite(out.astype("f8")).all():
-        raise Mismatch(f"{quoted(where)} times {factor:g} is too large for {array.dtype}", hint="use --dtype float32")
+        raise Mismatch(f"{quoted(where)}: B times {factor:g} overflows {array.dtype}", hint="use --dtype float32")
     return out
 
 
@@ -166,6 +167,16 @@ def kinds(site: Site) -> set[str]:
     return asks
 
 
+def without(site: Site, kinds: Collection[str]) -> Site:
+    """The site without its trained bias or DoRA's magnitudes: the low-rank part stays."""
+    params = {k: v for k, v in site.params.items() if not (k == "c" and "bias" in kinds)}
+    if "dora" not in kinds:
+        return Site(site.tuner, params)
+    del params["m"]
+    shared = {f: getattr(site.tuner, f) for f in ("r", "alpha", "rslora", "transposed", "embedding", "dropout")}
+    return Site(registry.load("tuners", "lora")(**shared), params)
+
+
 def chosen(
     adapter: Adapter, name: str, holds: Collection[str], drop: Collection[str]
 ) -> tuple[dict[str, Site], dict[str, Any], list[Note]]:
@@ -184,10 +195,8 @@ def chosen(
         missing = kinds(site) - set(holds)
         for kind in missing - set(drop):
             lacking.setdefault(kind, []).append(path or "the whole model")
-        if not missing:
-            sites[path] = site
-        elif missing == {"bias"}:
-            sites[path] = Site(site.tuner, {k: v for k, v in site.params.items() if k != "c"})
+        if missing <= {"bias", "dora"}:
+            sites[path] = without(site, missing)
         notes += [Note("dropped", path, f"{name} cannot hold {WORDS.get(k, k)}") for k in sorted(missing)]
     whole = dict(adapter.whole) if "whole" in holds else {}
     if adapter.whole and not whole:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import numpy as np
 
 from .. import registry
 from ..adapter import Adapter, Site
-from ..errors import Corrupt, Mismatch, Usage, quoted, some
+from ..errors import Mismatch, Usage, quoted, some
 from ..store.arrays import NUMPY, dtype_of, load, shape_of
 from ..store.checkpoint import open_checkpoint, read_json
 from .base import Note
+from .fold import WORDS, padded, with_scale, without
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,7 @@ SERVERS = {
     "trtllm": Server("trtllm", ("peft",), frozenset(), flag="max_lora_rank"),
     "ollama": Server("ollama", ("peft", "gguf"), frozenset(), models=("llama", "mistral", "gemma", "gemma2")),
 }
-KINDS = {
-    "dora": "DoRA's magnitudes",
-    "bias": "trained biases",
-    "whole": "replaced weights (modules_to_save)",
-    "tokens": "trained token rows",
-    "embedding": "LoRA on embeddings",
-    "conv": "LoRA on convolutions",
-    "experts": "LoRA on expert stacks",
-}
+KINDS = {k: WORDS[k] for k in ("dora", "bias", "whole", "tokens", "embedding", "conv", "experts")}
 
 
 def prepared(
@@ -130,12 +123,13 @@ def _sites(made: Adapter, rules: Server, drop: Collection[str], notes: list[Note
             raise _refused(rules, kind, [path])
         notes.append(Note("dropped", path, f"{rules.name} cannot hold {KINDS[kind]}"))
         if kind in ("dora", "bias"):
-            made.sites[path] = _plain(site)
+            made.sites[path] = without(site, {kind})
         else:
             del made.sites[path]
     for path, site in made.sites.items():
         if "c" in site.params and "bias" not in drop:
             raise _refused(rules, "bias", [path])
+        made.sites[path] = without(site, {"bias"})
 
 
 def _kind(site: Site) -> str:
@@ -149,11 +143,6 @@ def _kind(site: Site) -> str:
     if name == "lora" and len(shape_of(site.params["A"])) > 2:
         return "conv"
     return "embedding" if site.tuner.embedding and name == "lora" else name
-
-
-def _plain(site: Site) -> Site:
-    """The low-rank part alone."""
-    return Site(_lora(site.tuner), {k: v for k, v in site.params.items() if k in "AB"})
 
 
 def _lora(tuner: Any, **changes: Any) -> Any:
@@ -264,41 +253,19 @@ def _uniform(made: Adapter, notes: list[Note]) -> None:
     scale = _common(made, r)
     for path, site in made.sites.items():
         t = site.tuner
-        params = {k: v for k, v in site.params.items() if k in "AB"}
         if not math.isclose(t.scale, scale, rel_tol=1e-12):
-            params["B"] = _scaled(params["B"], t.scale / scale, path)
             notes.append(Note("folded", path, f"scale {t.scale:g} became {scale:g} by B times {t.scale / scale:g}"))
         elif t.rslora:
             notes.append(Note("folded", path, f"rsLoRA's scale {t.scale:g} is now alpha / r"))
         if t.r != r:
-            params |= {"A": _padded(params["A"], 0, r), "B": _padded(params["B"], 1, r)}
             notes.append(Note("padded", path, f"rank {t.r} became {r} by zeros"))
-        tuner = replace(t, r=r, alpha=scale * r, rslora=False)
-        made.sites[path] = Site(tuner, params)
+        made.sites[path] = padded(with_scale(site, scale, path), r)
 
 
 def _common(made: Adapter, r: int) -> float:
     """The scale that most sites have, if alpha is then a whole number; else 1."""
     scale = Counter(s.tuner.scale for s in made.sites.values()).most_common(1)[0][0]
     return scale if float(scale * r).is_integer() and scale * r != 0 else 1.0
-
-
-def _scaled(value: Any, factor: float, path: str) -> np.ndarray:
-    """A factor times a number: one rounding, in the dtype it is stored in."""
-    array = load(value)
-    stored = NUMPY[dtype_of(value)]
-    with np.errstate(over="ignore"):
-        made = (array.astype("f8") * factor).astype(stored)
-    before, after = array.astype("f4"), made.astype("f4")
-    if np.isfinite(before).all() and not np.isfinite(after).all():
-        raise Corrupt(f"{quoted(path)}: B times {factor:g} overflows {stored}", hint="use --dtype float32")
-    return made
-
-
-def _padded(value: Any, axis: int, r: int) -> np.ndarray:
-    array = load(value)
-    widths = [(0, r - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
-    return np.pad(array, widths)
 
 
 def _ranked(made: Adapter, rules: Server, notes: list[Note]) -> None:

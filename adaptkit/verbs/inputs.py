@@ -28,13 +28,19 @@ def model_of(source: str | Path, progress: Progress | None = None) -> Checkpoint
     return open_checkpoint(place(source, "model", progress=progress))
 
 
-def adapters_of(sources: Source | Sequence[Source], progress: Progress | None = None) -> list[Adapter]:
-    """Adapters, read where a path or a Hub id was given."""
+def adapters_of(
+    sources: Source | Sequence[Source],
+    progress: Progress | None = None,
+    base: str | Path | Adapter | Checkpoint | None = None,
+) -> list[Adapter]:
+    """Adapters, read where a path or a Hub id was given. base: their model; some formats need it to be read."""
     if isinstance(sources, (str, Path, Adapter)):
         sources = [sources]
     if not sources:
         raise Usage("no adapter was given", where="ADAPTER")
-    return [s if isinstance(s, Adapter) else read(place(s, "adapter", progress=progress)) for s in sources]
+    here = base.path if isinstance(base, Checkpoint) else base
+    known = Path(here) if isinstance(here, str | Path) and Path(here).exists() else None
+    return [s if isinstance(s, Adapter) else read(place(s, "adapter", progress=progress), base=known) for s in sources]
 
 
 def base_of(adapter: Adapter) -> str:

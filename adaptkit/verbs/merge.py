@@ -154,7 +154,7 @@ def planned(
     turn: makes of the adapters and weights those that are really applied; unmerge gives their inverses, last one first.
     """
     wanted, limit = dtype_of(dtype), size_of(max_shard_size)
-    read = adapters_of(adapters, progress)
+    read = adapters_of(adapters, progress, base)
     with unhurried():
         checkpoint = base if isinstance(base, Checkpoint) else model_of(base, progress)
         return _planned(checkpoint, read, weights, wanted, limit, verb, turn)

@@ -89,6 +89,7 @@ class Gguf(Format):
     )
 
     def sniff(self, path):
+        path = self.file(path)
         if not path.is_file():
             return False
         with open(path, "rb") as f:
@@ -96,7 +97,7 @@ class Gguf(Format):
         return head[:4] == b"GGUF" and b"general.type" in head and b"adapter.type" in head
 
     def read(self, path, *, base=None):
-        gguf = library()
+        gguf, path = library(), self.file(path)
         try:
             file = gguf.GGUFReader(path)
             said = {k: f.contents() for k, f in file.fields.items()}

@@ -38,13 +38,14 @@ class OnnxAdapter(Format):
     )
 
     def sniff(self, path):
+        path = self.file(path)
         if not path.is_file():
             return False
         with open(path, "rb") as f:
             return f.read(8)[4:] == b"TORT"
 
     def read(self, path, *, base=None):
-        ort = library()
+        ort, path = library(), self.file(path)
         if not self.sniff(path):
             raise AdaptKitError("is no ONNX Runtime adapter: it lacks the mark TORT", where=path.name)
         try:
