@@ -8,6 +8,7 @@ import pytest
 from format_kit import FORMATS, apart, sample
 from plugin_door import FOLDERS, door, opened
 
+import adaptkit
 from adaptkit.formats.base import read, write
 
 gguf = pytest.importorskip("gguf")
@@ -88,9 +89,8 @@ def test_an_onnx_adapter_is_what_olive_makes(tmp_path: Path):
 @pytest.mark.parametrize("case", ["gguf/lora-f32", "onnx_adapter/olive_lora"])
 def test_an_adapter_of_any_format_merges(case: str, tmp_path: Path):
     """The same bytes as from the PEFT folder that it was made of; formats that need the model are read with it."""
-    base = FORMATS / "bases" / "llama"
-    adaptkit.merge(base, FORMATS / "peft" / "lora", tmp_path / "expected")
-    adaptkit.merge(base, FORMATS / case, tmp_path / "found")
+    adaptkit.merge(LLAMA, FORMATS / "peft" / "lora", tmp_path / "expected")
+    adaptkit.merge(LLAMA, FORMATS / case, tmp_path / "found")
 
     a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("expected", "found"))
     assert a == b
