@@ -149,6 +149,37 @@ def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(a, b, atol=atol, rtol=1e-3)
 
 
+STARTS = [
+    (n, s)
+    for n, case in CASES.items()
+    for s in (True, False, "gaussian", "orthogonal")
+    if s is True or "init_lora_weights" not in case.options
+]
+
+
+@pytest.mark.parametrize(("name", "start"), STARTS)
+def test_one_seed_gives_one_adapter(name: str, start: Any):
+    """Every tensor of a fresh adapter is PEFT's, and so is the next random number."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    base, options = case.model(), {"r": 4, "init_lora_weights": start} | case.options
+    found = []
+    for room in (theirs, ours):
+        torch.manual_seed(5)
+        try:
+            model = quietly(room.get_peft_model, copy.deepcopy(base), room.LoraConfig(**copy.deepcopy(options)))
+        except Exception as e:
+            found.append(type(e))
+            continue
+        found.append({"next": torch.rand(3)} | saved(room, model))
+    if not isinstance(found[0], dict):
+        assert isinstance(found[1], dict) or issubclass(found[1], AdaptKitError)  # PEFT does not have it
+        return
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        close(found[1][key], value, 1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_names_and_outputs_are_peft_s(name: str):
     """Tensors of files, names of the model's state dict, what trains, and outputs."""

@@ -24,6 +24,7 @@ from ..tuners.tokens import Tokens
 from . import defaults
 from .config import NITER, IA3Config, LoraConfig, PeftConfig
 from .kinds import TaskType
+from .starts import begun, loosely, start
 from .tuners.lora import twice
 
 FORWARDS = {kind.forward for kind in PLAIN}
@@ -71,6 +72,8 @@ def fresh(model: nn.Module, config: PeftConfig, chosen: list[str]) -> Adapter:
 
 
 def _of_module(config: LoraConfig, path: str, modules: dict[str, nn.Module]) -> Site:
+    if isinstance(modules[path], nn.MultiheadAttention):
+        lora(config, f"{path}.out_proj", modules[f"{path}.out_proj"])  # PEFT starts it twice
     site = lora(config, path, checked(path, modules))
     return Site(twice(site.tuner), site.params) if is_read(modules[path]) else site
 
@@ -134,11 +137,10 @@ def _of_parameter(config: LoraConfig, path: str, modules: dict[str, nn.Module]) 
     r = int(lookup(config.rank_pattern, path, config.r))
     alpha = float(lookup(config.alpha_pattern, path, config.lora_alpha))
     tuner = ExpertLoRA(r=r, alpha=alpha, rslora=config.use_rslora, transposed=turned_)
-    like = module._parameters[leaf].detach().new_empty(0, dtype=torch.float32)
-    A, B = like.new_empty(r * experts, into), like.new_zeros(out, r * experts)
     if config.init_lora_weights in ("orthogonal", "pissa", "olora") or NITER.fullmatch(str(config.init_lora_weights)):
         raise Mismatch(f"init_lora_weights={config.init_lora_weights!r} does not go with target_parameters")
-    return Site(tuner, _started(config, tuner, {"A": nn.init.kaiming_uniform_(A, a=5**0.5), "B": B}, plain=True))
+    params = begun(config.init_lora_weights, loosely((r * experts, into), (out, r * experts)), tuner)
+    return Site(tuner, {k: v.to(module._parameters[leaf].device, torch.float32) for k, v in params.items()})
 
 
 def _by_default(model: nn.Module, config: PeftConfig) -> None:
@@ -209,12 +211,11 @@ def lora(config: LoraConfig, path: str, module: nn.Module) -> Site:
     tuner = suited(kind(**settings), module)
     if isinstance(module, nn.MultiheadAttention):
         tuner, module = _joint(config, tuner, path, module)
-    plain = not isinstance(module, nn.Embedding)
-    params = _started(config, tuner, dict(tuner.init(module)), plain)
+    if config.lora_bias and getattr(module, "bias", None) is None:
+        raise Mismatch(f"lora_bias: {quoted(path)} has no bias to merge into", hint="leave it out, or lora_bias")
+    params = start(config, tuner, module)
     if config.use_dora and config.init_lora_weights is False:
         params["m"] = norms(LoRA.weight(tuner, module.weight.detach().float(), params), turned(module)).reshape(-1)
-    if config.lora_bias:
-        params["c"] = _bias(config, path, module)
     return Site(tuner, params)
 
 
@@ -240,48 +241,14 @@ def _joint(config: LoraConfig, tuner: LoRA, path: str, module: nn.MultiheadAtten
     return tuner, SimpleNamespace(weight=module.in_proj_weight)
 
 
-def _started(config: LoraConfig, tuner: LoRA, params: dict[str, Any], plain: bool) -> dict[str, Any]:
-    """Factors as init_lora_weights wants them; True has been done already."""
-    start = config.init_lora_weights
-    if start == "gaussian" and plain:
-        nn.init.normal_(params["A"], std=1 / tuner.r)
-    elif start == "orthogonal":
-        params |= _orthogonal(tuner.r, params["A"], params["B"])
-    elif start is False:
-        params |= {letter: _loose(params[letter], plain) for letter in "AB"}
-    return params
-
-
-def _orthogonal(r: int, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Factors whose product is zero though neither is: their rows and columns span different halves of r dimensions."""
-    if r % 2 or A.ndim > 2:
-        raise Usage(f"orthogonal starts need an even rank and a linear layer, not rank {r} and {A.ndim} dimensions")
-    Q = torch.linalg.qr(torch.randn(r, r))[0]
-    first, second = torch.randn(A.shape[1], r // 2) @ Q[0::2], torch.randn(r // 2, B.shape[0]).T @ Q[1::2]
-    return {"A": (first.T / 10).contiguous().to(A), "B": (second / 10).contiguous().to(B)}
-
-
-def _bias(config: LoraConfig, path: str, module: Any) -> torch.Tensor:
-    if getattr(module, "bias", None) is None:
-        raise Mismatch(f"lora_bias: {quoted(path)} has no bias to merge into", hint="leave it out, or lora_bias")
-    c = torch.zeros(module.bias.shape, device=module.bias.device)
-    if config.init_lora_weights is False:
-        nn.init.uniform_(c, -(config.r**-0.5), config.r**-0.5)  # as torch starts a layer with r inputs
-    return c
-
-
-def _loose(value: torch.Tensor, plain: bool) -> torch.Tensor:
-    """As torch starts a layer of this shape; on an embedding, normal numbers."""
-    return nn.init.kaiming_uniform_(value, a=5**0.5) if plain else torch.randn_like(value)
-
-
 def _ia3(config: IA3Config, path: str, module: nn.Module) -> Site:
     if isinstance(module, (nn.Embedding, nn.Conv1d)):
         raise Mismatch(f"{quoted(path)} is a {type(module).__name__}, on which PEFT's IA3 cannot stand")
     tuner = suited(IA3(feedforward=_feedforward(config.feedforward_modules, path)), module)
     params = dict(tuner.init(module))
+    drawn = torch.randn(params["l"].shape)  # PEFT draws it in any case: what comes after it at one seed is the same
     if not config.init_ia3_weights:
-        params["l"] = torch.randn_like(params["l"])
+        params["l"] = drawn.to(params["l"])
     return Site(tuner, params)
 
 
