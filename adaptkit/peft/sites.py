@@ -24,8 +24,7 @@ from ..tuners.tokens import Tokens
 from . import defaults
 from .config import NITER, IA3Config, LoraConfig, PeftConfig
 from .kinds import TaskType
-from .starts import begun, loosely, start
-from .tuners.lora import twice
+from .starts import begun, loosely, start, twice
 
 FORWARDS = {kind.forward for kind in PLAIN}
 HEADS = ("score", "classifier")

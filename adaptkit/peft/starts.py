@@ -5,6 +5,7 @@ PEFT makes torch layers, which draw A, B and the bias; then it starts A again an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,3 +76,11 @@ def _shapes(tuner: LoRA, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]
         groups = {"groups": module.groups} if hasattr(module, "groups") else {}
         found = LoRA.init(tuner, SimpleNamespace(weight=weight, **groups))
     return tuple(found["A"].shape), tuple(found["B"].shape)
+
+
+def twice(tuner: LoRA) -> LoRA:
+    """PEFT adds the update of an attention's output projection twice, in forward as in merge.
+
+    What was trained there, and reads what is trained here, has it so.
+    """
+    return replace(tuner, alpha=2 * tuner.alpha)

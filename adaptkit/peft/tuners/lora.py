@@ -14,6 +14,7 @@ from ...live.adapted import Read
 from ...live.attach import is_read, turned
 from ...tuners.experts import ExpertLoRA
 from ...tuners.lora import LoRA
+from ..starts import twice
 from .slots import Settings, Slotted, linear
 
 FACTORS = {"A": ("lora_A", "weight"), "B": ("lora_B", "weight"), "c": ("lora_B", "bias")}
@@ -197,14 +198,6 @@ class TokenAdapter(Slotted):
     """Rows of an embedding that train; `token_adapter` holds them, as in PEFT."""
 
     slots: ClassVar = {"rows": ("token_adapter.trainable_tokens_delta", "")}
-
-
-def twice(tuner: LoRA) -> LoRA:
-    """PEFT adds the update of an attention's output projection twice, in forward as in merge.
-
-    What was trained there, and reads what is trained here, has it so.
-    """
-    return replace(tuner, alpha=2 * tuner.alpha)
 
 
 LAYERS: dict[type[nn.Module], type[LoraLayer]] = {
