@@ -10,8 +10,8 @@ from pathlib import Path
 from ...adapter import Adapter
 from ...store.checkpoint import Checkpoint
 from ...store.entry import Entry
+from .assemble import assemble
 from .config import read_config
-from .format import assemble
 from .keys import PREFIX, SAVED, parse
 
 WRAPPED = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
