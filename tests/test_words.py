@@ -147,3 +147,21 @@ def test_a_quick_command_imports_nothing_slow(name: str):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
 
     assert done.stderr.splitlines()[-1] == "0 []", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "answers"),
+    [
+        ("adaptkit conv", ["plain,convert"]),
+        ("adaptkit convert --over", ["plain,--overwrite"]),
+        ("adaptkit convert x --to m", ["plain,mlx"]),
+        ("adaptkit merge llama/ my", ["file,my"]),
+    ],
+)
+def test_a_shell_completes_commands_options_formats_and_paths(typed: str, answers: list[str]):
+    """bash is told what fits; where folders and ids may stand it completes paths."""
+    asked = {"_ADAPTKIT_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    command = [sys.executable, "-m", "adaptkit"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked, timeout=60)
+
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, answers, "")

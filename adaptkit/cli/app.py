@@ -30,6 +30,7 @@ COMMANDS = {
     "push": "Push a model or an adapter to the Hub, in one commit or one pull request.",
     "plugins": "List the installed tuners and formats.",
 }
+COMPLETE = "_ADAPTKIT_COMPLETE"  # what shells ask through; README says how to switch it on
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
@@ -79,6 +80,10 @@ class Terminated(BaseException):
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
     args = sys.argv[1:] if args is None else args
+    if wanted := os.environ.get(COMPLETE):
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(cli, {}, "adaptkit", COMPLETE, wanted))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; our threads are the parallelism
     signal.signal(signal.SIGINT, _interrupt)
     code = run(args)

@@ -17,7 +17,7 @@ METHODS = (
 
 
 @click.command("combine")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=words.SOURCE, nargs=-1, required=True, metavar="ADAPTER...")
 @words.output
 @click.option(
     "--method", type=click.Choice(METHODS), default="svd", show_default=True, help="How updates are combined."

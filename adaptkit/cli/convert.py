@@ -15,15 +15,30 @@ PATH = click.Path(path_type=Path)
 
 
 @click.command("convert")
-@click.argument("source")
+@click.argument("source", type=words.SOURCE)
 @click.option(
     "-o", "--output", required=True, type=PATH, metavar="OUT", help="Folder to make, or file for formats of one file."
 )
 @click.option(
-    "--to", required=True, metavar="FORMAT", help="safetensors or pytorch, or an adapter format (see adaptkit plugins)."
+    "--to",
+    required=True,
+    type=words.FORMATS,
+    metavar="FORMAT",
+    help="safetensors or pytorch, or an adapter format (see adaptkit plugins).",
 )
-@click.option("--from", "from_", metavar="FORMAT", help="What SOURCE is, where its contents can be read in two ways.")
-@click.option("--base", type=PATH, help="The model an adapter is for; for shards, the folder with config.json.")
+@click.option(
+    "--from",
+    "from_",
+    type=words.FORMATS,
+    metavar="FORMAT",
+    help="What SOURCE is, where its contents can be read in two ways.",
+)
+@click.option(
+    "--base",
+    type=words.SOURCE,
+    metavar="PATH",
+    help="The model an adapter is for; for shards, the folder with config.json.",
+)
 @click.option("--config", type=PATH, help="adapter_config.json, for an adapter in shards that has none beside it.")
 @click.option("--dtype", type=words.DTYPES, default="keep", show_default=True, help="Numbers to write.")
 @click.option(

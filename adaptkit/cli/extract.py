@@ -13,8 +13,8 @@ from .progress import bar
 
 
 @click.command("extract")
-@click.argument("finetuned")
-@click.argument("base")
+@click.argument("finetuned", type=words.SOURCE)
+@click.argument("base", type=words.SOURCE)
 @words.output
 @click.option("--rank", type=int, metavar="R", help="Rank of every site.")
 @click.option(

@@ -12,7 +12,7 @@ from . import words
 
 
 @click.command("inspect")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", type=words.SOURCE, nargs=-1, required=True, metavar="PATH...")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw a heat map, layers by modules.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(paths: tuple[str, ...], plot: Path | None, as_json: bool) -> None:

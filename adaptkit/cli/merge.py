@@ -13,8 +13,8 @@ from .progress import bar
 
 
 @click.command("merge")
-@click.argument("base")
-@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
+@click.argument("base", type=words.SOURCE)
+@click.argument("adapters", type=words.SOURCE, nargs=-1, metavar="ADAPTER...")
 @partial(words.output, required=False)
 @words.hub
 @words.weights

@@ -11,7 +11,7 @@ from .progress import bar
 
 
 @click.command("push")
-@click.argument("folder")
+@click.argument("folder", type=words.SOURCE)
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private, when it is new.")
 @click.option("--revision", metavar="BRANCH", help="Push to this branch.")

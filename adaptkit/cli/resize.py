@@ -12,7 +12,7 @@ from .counting import counter
 
 
 @click.command("resize")
-@click.argument("adapter")
+@click.argument("adapter", type=words.SOURCE)
 @words.output
 @click.option("--rank", type=int, metavar="R", help="Rank of every site.")
 @click.option(

@@ -11,7 +11,7 @@ from . import words
 
 
 @click.command("targets")
-@click.argument("model")
+@click.argument("model", type=words.SOURCE)
 @click.option(
     "--target-modules", metavar="REGEX|LIST", help="A pattern for whole names, or names such as q_proj,v_proj."
 )

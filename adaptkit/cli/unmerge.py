@@ -13,8 +13,8 @@ from .progress import bar
 
 
 @click.command("unmerge")
-@click.argument("merged")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("merged", type=words.SOURCE)
+@click.argument("adapters", type=words.SOURCE, nargs=-1, required=True, metavar="ADAPTER...")
 @words.output
 @words.weights
 @words.writing

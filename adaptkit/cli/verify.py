@@ -11,9 +11,16 @@ from .progress import bar
 
 
 @click.command("verify")
-@click.argument("merged")
-@click.option("--base", required=True, help="The model that the adapters were merged into.")
-@click.option("--adapter", "adapters", required=True, multiple=True, help="An adapter; give the option once for each.")
+@click.argument("merged", type=words.SOURCE)
+@click.option("--base", type=words.SOURCE, required=True, help="The model that the adapters were merged into.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=words.SOURCE,
+    required=True,
+    multiple=True,
+    help="An adapter; give the option once for each.",
+)
 @words.weights
 @click.option("--sample", type=int, metavar="N", help="Compare only N tensors, spread over the model.")
 @words.printing

@@ -9,10 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import Usage, quoted
 
 DTYPES = click.Choice(["keep", "float32", "bfloat16", "float16"])
+
+
+class Source(click.ParamType):
+    """A folder, a file or a Hub id; shells complete paths."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Formats(click.ParamType):
+    """A format by its name, which the verb checks; shells complete those that are installed."""
+
+    name = "format"
+
+    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
+        from .. import registry
+
+        names = [*registry.names("formats"), "safetensors", "pytorch"]
+        return [CompletionItem(n) for n in names if n.startswith(incomplete)]
+
+
+SOURCE, FORMATS = Source(), Formats()
 
 
 class Weights(click.ParamType):
