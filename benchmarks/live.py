@@ -40,6 +40,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, room in ROOMS.items():
             one(room, options, took[name])
+            gc.collect()
     print(f"{machine()}, {options.device}\n\n{table(took)}\n")
     print(floor(options))
 
@@ -61,8 +62,6 @@ def one(room: Any, options: argparse.Namespace, took: dict[str, list[float]]) ->
     timed(took["forward and backward"], options, lambda: adapted(input_ids=ids, labels=ids).loss.backward())
     adapted.zero_grad(set_to_none=True)
     timed(took["merge_and_unload"], options, adapted.merge_and_unload)
-    del model, adapted
-    gc.collect()
 
 
 def made(options: argparse.Namespace) -> torch.nn.Module:
