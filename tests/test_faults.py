@@ -242,7 +242,7 @@ def test_signals_at_random_moments_are_answered_at_once(large, tmp_path, sign, c
 
 @pytest.mark.slow
 def test_two_interrupts_within_a_tenth_of_a_second_are_as_good_as_one(large, tmp_path):
-    """A second Ctrl-C during the answer to the first: no traceback, OUT absent, and the rerun goes on."""
+    """A second Ctrl-C during the answer to the first: no traceback, OUT absent or whole, and the rerun goes on."""
     numbers = random.Random(5)
 
     def job(k: int, share: float) -> None:
@@ -258,8 +258,10 @@ def test_two_interrupts_within_a_tenth_of_a_second_are_as_good_as_one(large, tmp
         if found.code:
             assert found.code in (130, -signal.SIGINT), found
             assert found.seconds < QUICK
-            assert not (place / "out").exists()
-            assert_resumes(place, large)
+            if (place / "out").exists():  # the work was done already, and the signals met the interpreter's end
+                assert tree(place / "out") == large.wanted
+            else:
+                assert_resumes(place, large)
 
     together(job, moments(8, seed=4))
 
