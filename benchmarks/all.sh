@@ -11,6 +11,8 @@ fi
 "$python" benchmarks/start.py
 "$python" benchmarks/merge.py --large
 "$python" benchmarks/convert.py
+"$python" benchmarks/combine.py --full
+"$python" benchmarks/extract.py
 "$python" benchmarks/live.py
 if command -v nvidia-smi >/dev/null; then
   "$python" benchmarks/live.py --device cuda --layers 16 --hidden 2048

@@ -1,6 +1,8 @@
 """Extracting a rank-16 LoRA: one matrix against torch's whole decomposition, and a 1.2-billion model.
 
-python benchmarks/extract.py [--layers 16] [--rounds 3] [--sites-only]
+python benchmarks/extract.py [--quick] [--layers 16] [--rounds 3] [--sites-only]
+
+torch.linalg.svd stands for mergekit-extract-lora: it is what that spends its time in.
 """
 
 from __future__ import annotations
@@ -32,18 +34,21 @@ def main() -> None:
     words.add_argument("--layers", type=int, default=16)
     words.add_argument("--rounds", type=int, default=3)
     words.add_argument("--sites-only", action="store_true")
+    words.add_argument("--quick", action="store_true", help="one layer, one round, smaller matrices")
     options = words.parse_args()
+    if options.quick:
+        options.layers, options.rounds = 1, 1
     print(machine())
     if not options.sites_only:  # first, since a child's peak memory counts what its parent held
         print(f"\n{model(options.layers, options.rounds)}")
-    print(f"\n{sites()}")
+    print(f"\n{sites([(512, 512)] if options.quick else [(2048, 2048), (8192, 2048)])}")
 
 
-def matrices() -> dict[str, np.ndarray]:
+def matrices(sizes: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """Differences as fine-tuning leaves them: a thin update with rounding noise, a falling spectrum, noise alone."""
     rng = np.random.default_rng(0)
     found = {}
-    for m, n in ((2048, 2048), (8192, 2048)):
+    for m, n in sizes:
         thin = rng.standard_normal((m, RANK), dtype="f4") @ rng.standard_normal((RANK, n), dtype="f4")
         noise = rng.standard_normal((m, n), dtype="f4")
         found[f"{m} x {n}, LoRA and rounding noise"] = thin + 0.08 * noise
@@ -57,14 +62,14 @@ def _falling(rng: np.random.Generator, m: int, n: int) -> np.ndarray:
     return (U * np.arange(1, min(m, n) + 1, dtype="f4") ** -0.8) @ V.T
 
 
-def sites() -> str:
+def sites(sizes: list[tuple[int, int]]) -> str:
     """One thread each. The excess is over the smallest error that the whole decomposition gives."""
     import torch
 
     torch.set_num_threads(1)
     lines = ["| matrix | torch.linalg.svd s | adaptkit s | times faster | excess error |", "|---|--:|--:|--:|--:|"]
     with single_threaded_blas():
-        for name, D in matrices().items():
+        for name, D in matrices(sizes).items():
             whole, (_, s, _) = _timed(lambda D=D: torch.linalg.svd(torch.from_numpy(D), full_matrices=False))
             best = float(np.sqrt((s.double().numpy()[RANK:] ** 2).sum()))
             runs = [_timed(lambda D=D: truncated(D, RANK)) for _ in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import FIXTURES
 
-from adaptkit import Adapter, AdaptKitError, Site, combine, read, write
+from adaptkit import Adapter, AdaptKitError, AdaptKitWarning, Site, combine, read, resize, write
 from adaptkit.cli.app import run
+from adaptkit.store.arrays import load
 from adaptkit.tuners.experts import ExpertLoRA
 from adaptkit.tuners.ia3 import IA3
 from adaptkit.tuners.lora import LoRA
@@ -285,6 +287,41 @@ def test_prompts_are_averaged_or_follow_one_another():
         combined([a, b], method="linear")
 
 
+@pytest.mark.parametrize("name", ["prompt", "ptuning", "prefix"])
+def test_virtual_tokens_of_every_kind_are_combined_on_files(name: str, tmp_path: Path):
+    """Read back, the average of an adapter with itself is itself."""
+    combine([LLAMA / name, LLAMA / name], tmp_path / "o", method="linear", weights=[0.25, 0.75])
+    before, after = read(LLAMA / name).sites[""], read(tmp_path / "o").sites[""]
+
+    assert after.tuner == before.tuner
+    np.testing.assert_allclose(load(after.params["P"]), load(before.params["P"]), rtol=1e-6)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["svd", "cat"]), st.floats(0.01, 100))
+def test_one_adapter_of_any_shape_is_itself(r: int, out: int, into: int, method: str, alpha: float):
+    """Also where the rank is above both sides, but for the rounding of factors whose products may cancel."""
+    site = lora(r, r=r, out=out, into=into, alpha=alpha).sites[PATH]
+    made = combined([Adapter({PATH: site})], method=method).sites[PATH]
+
+    L, R = thin.factors(site)
+    size = np.linalg.norm(site.tuner.scale * abs(L[0]) @ abs(R[0]))
+    assert np.linalg.norm(delta(made) - delta(site)) <= 2e-7 * size
+
+
+def test_dense_methods_are_clamped_like_svd():
+    """All values on B, both factors cut at the quantile of their numbers together."""
+    pair = [lora(0, r=8), lora(1, r=8)]
+    free, made = (
+        combined(pair, method="dare_linear_svd", density=1.0, rank=6, clamp=c).sites[PATH] for c in (1.0, 0.9)
+    )
+    t = np.quantile(np.concatenate([free.params[k].reshape(-1) for k in "AB"]), 0.9)
+
+    np.testing.assert_allclose(np.linalg.norm(free.params["A"], axis=1), 1, atol=1e-5)
+    for k in "AB":
+        np.testing.assert_allclose(made.params[k], np.clip(free.params[k], -t, t), atol=1e-5)
+
+
 BAD = {
     "two weights for three": ({"weights": [1, 2]}, "2 weights for 3"),
     "a density for svd": ({"density": 0.5}, "drops nothing"),
@@ -357,3 +394,57 @@ def test_bases_that_agree_are_kept(tmp_path: Path):
     config = json.loads((tmp_path / "o" / "adapter_config.json").read_text())
 
     assert config["base_model_name_or_path"] == "x/one" and config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize"])
+def test_a_tokenizer_beside_the_adapter_goes_along(verb: str, tmp_path: Path):
+    """Without it the new words of a grown vocabulary are lost."""
+    grown, out = LLAMA / "grown", tmp_path / "o"
+    resize(grown, out, rank=2) if verb == "resize" else combine([grown, grown], out)
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (grown / name).read_bytes()
+
+
+def test_of_different_tokenizers_none_is_taken_unless_said(tmp_path: Path):
+    """With --take it is that adapter's."""
+    other = tmp_path / "other"
+    shutil.copytree(LLAMA / "grown", other)
+    (other / "tokenizer_config.json").write_text("{}")
+
+    with pytest.warns(AdaptKitWarning, match="different tokenizers.*--take"):
+        combine([LLAMA / "grown", other], tmp_path / "a")
+    assert not (tmp_path / "a/tokenizer.json").exists()
+    combine([LLAMA / "grown", LLAMA / "lora", other], tmp_path / "b", take=3)
+    assert (tmp_path / "b/tokenizer_config.json").read_text() == "{}"
+
+
+def test_a_sum_of_nothing_is_said_to_be_nothing(tmp_path: Path):
+    """Weights of zero are taken at their word."""
+    with pytest.warns(AdaptKitWarning, match="every update of the result is zero"):
+        combine([LLAMA / "lora", LLAMA / "rslora"], tmp_path / "o", weights=[0, 0])
+
+
+def test_an_adapter_that_does_nothing_is_named(tmp_path: Path):
+    """Training that never began looks so."""
+    zero = read(LLAMA / "lora")
+    for site in zero.sites.values():
+        site.params["B"] = np.zeros(site.params["B"].shape, "f4")
+    write(zero, tmp_path / "zero")
+    with pytest.warns(AdaptKitWarning, match="^zero: every update is zero$"):
+        combine([LLAMA / "lora", tmp_path / "zero"], tmp_path / "o")
+
+
+def test_square_experts_packed_two_ways_are_refused():
+    """Nothing in the numbers says which way is meant."""
+    rng = np.random.default_rng(0)
+
+    def stack(version: str, out: int) -> Adapter:
+        params = {"A": rng.standard_normal((6, 8)).astype("f4"), "B": rng.standard_normal((out, 6)).astype("f4")}
+        site = Site(ExpertLoRA(r=2, alpha=2.0), params)
+        return Adapter({"mlp.experts.down_proj": site}, about={"peft_version": version})
+
+    with pytest.raises(AdaptKitError, match="square.*pack experts differently"):
+        combined([stack("0.18.0", 8), stack("0.21.2", 8)])
+    assert combined([stack("0.20.0", 8), stack("0.21.2", 8)]).about["peft_version"] == "0.20.0"
+    assert "peft_version" not in combined([stack("0.18.0", 9), stack("0.21.2", 9)]).about

@@ -294,16 +294,69 @@ def test_what_the_selection_leaves_out_is_refused_or_reported(tmp_path: Path):
     assert len(found.left) == 24
 
 
-@pytest.mark.parametrize("family", ["mixtral", "mixtral-fused"])
-def test_experts_are_named_when_no_site_can_hold_them(family: str, tmp_path: Path):
-    """A stack of experts that changed is refused, or left out and reported; the rest works."""
-    new = tuned(family, tmp_path / "new", shaken(2, lambda n: "q_proj" in n or "experts" in n))
+def test_experts_are_named_when_no_site_can_hold_them(tmp_path: Path):
+    """Experts that the model stacks and the file does not are refused, or left out and reported; the rest works."""
+    new = tuned("mixtral", tmp_path / "new", shaken(2, lambda n: "q_proj" in n or "experts" in n))
 
     with pytest.raises(adaptkit.AdaptKitError, match=r"changed tensors would not be in the adapter.*experts"):
-        adaptkit.extract(new, MODELS / family, tmp_path / "lora", rank=2)
+        adaptkit.extract(new, MODELS / "mixtral", tmp_path / "lora", rank=2)
     with pytest.warns(adaptkit.AdaptKitWarning, match="experts"):
-        found = adaptkit.extract(new, MODELS / family, tmp_path / "lora", rank=2, partial=True)
+        found = adaptkit.extract(new, MODELS / "mixtral", tmp_path / "lora", rank=2, partial=True)
     assert [s.name for s in found.sites] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+
+def experts_shaken(rank: int, only: Callable[[str], bool]) -> Change:
+    """Each expert's matrix gets its own update; the second expert keeps its numbers."""
+    rng = np.random.default_rng(5)
+
+    def change(name: str, w: torch.Tensor) -> torch.Tensor:
+        if not only(name):
+            return w
+        L, R = (rng.standard_normal(s).astype("f4") for s in ((len(w), w.shape[1], rank), (len(w), rank, w.shape[2])))
+        L[1] = 0
+        return w + torch.from_numpy(0.05 * L @ R).to(w.dtype)
+
+    return change
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("which", ["experts", "down_proj"])
+def test_a_stack_of_experts_is_one_site(which: str, tmp_path: Path):
+    """Merged by us it is the fine-tuned model, and real PEFT answers as that does."""
+    from models import inputs_of, outputs
+    from peft import PeftModel
+
+    new = tuned("mixtral-fused", tmp_path / "new", experts_shaken(2, lambda n: f".{which}" in n and "layers.1" in n))
+    found = adaptkit.extract(new, MODELS / "mixtral-fused", tmp_path / "lora", rank=3)
+    got, expected = merged("mixtral-fused", tmp_path / "lora", tmp_path / "merged"), weights(new)
+    model = PeftModel.from_pretrained(loaded(MODELS / "mixtral-fused", "mixtral"), str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        theirs = model(**inputs_of("mixtral")).logits.numpy()
+
+    assert len(found.sites) == (2 if which == "experts" else 1)
+    assert found.error < 1e-5
+    for name, w in expected.items():
+        torch.testing.assert_close(got[name], w, atol=2e-6, rtol=2e-6, msg=name)
+    np.testing.assert_allclose(theirs, outputs(new, "mixtral", "mixtral"), atol=1e-4)
+
+
+def test_experts_stored_as_in_and_out_are_turned(tmp_path: Path):
+    """gpt-oss keeps (in, out), also where a stack is square and no shape tells; combined and resized, it stays so."""
+    rng, base, new = np.random.default_rng(0), tmp_path / "base", tmp_path / "new"
+    W, L, R = (rng.standard_normal(s).astype("f4") for s in ((3, 8, 8), (3, 8, 2), (3, 2, 8)))
+    name = "model.layers.0.mlp.experts.down_proj"
+    for folder, w in ((base, W), (new, W + L @ R)):
+        folder.mkdir()
+        save_file({name: torch.from_numpy(w)}, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
+    adaptkit.extract(new, base, tmp_path / "lora", rank=2)
+    adaptkit.resize(tmp_path / "lora", tmp_path / "small", rank=2)
+    adaptkit.combine([tmp_path / "lora"] * 2, tmp_path / "both", weights=[0.25, 0.75])
+
+    for adapter in ("lora", "small", "both"):
+        adaptkit.merge(base, tmp_path / adapter, tmp_path / f"{adapter}-merged")
+        got = weights(tmp_path / f"{adapter}-merged")[name]
+        torch.testing.assert_close(got, torch.from_numpy(W + L @ R), atol=1e-5, rtol=1e-5)
 
 
 def test_a_finetuned_model_stored_with_another_precision(tmp_path: Path):
@@ -405,3 +458,36 @@ def test_the_report_names_the_worst_sites(tmp_path: Path):
     assert "extracted 28 sites" in shown
     assert len(told["sites"]) == 28
     assert 0.5 < told["error"] < 1
+
+
+def test_factors_that_do_not_fit_the_dtype_are_refused(tmp_path: Path):
+    """float16 ends at 65504."""
+    new = tuned(
+        "llama", tmp_path / "new", lambda n, w: w + 1e30 * torch.eye(*w.shape) if "0.self_attn.q_proj" in n else w
+    )
+    with pytest.raises(adaptkit.AdaptKitError, match=r"layers\.0\.self_attn\.q_proj.*overflow F16"):
+        adaptkit.extract(new, MODELS / "llama", tmp_path / "lora", rank=2, dtype="float16")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_pattern_that_is_none_is_a_mistake_of_the_command(tmp_path: Path):
+    """Not of a file."""
+    with pytest.raises(adaptkit.errors.Usage, match="--target-modules: '\\(' is not a regular expression"):
+        adaptkit.extract(MODELS / "llama", MODELS / "llama", tmp_path / "lora", rank=2, target_modules="(")
+
+
+@pytest.mark.peft
+def test_stacks_of_several_ranks_are_loaded_by_peft(tmp_path: Path):
+    """Each parameter has its own rank, which stands in rank_pattern; PEFT uses it, though it warns that it does not."""
+    from models import inputs_of, outputs
+    from peft import PeftModel
+
+    down, up = (experts_shaken(r, lambda n, k=k: k in n) for r, k in ((1, "down_proj"), (3, "gate_up_proj")))
+    new = tuned("mixtral-fused", tmp_path / "new", lambda n, w: up(n, down(n, w)))
+    found = adaptkit.extract(new, MODELS / "mixtral-fused", tmp_path / "lora", energy=0.9999)
+    model = PeftModel.from_pretrained(loaded(MODELS / "mixtral-fused", "mixtral"), str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        got = model(**inputs_of("mixtral")).logits.numpy()
+
+    assert {s.rank for s in found.sites} == {1, 3}
+    np.testing.assert_allclose(got, outputs(new, "mixtral", "mixtral"), atol=1e-4)

@@ -10,7 +10,10 @@ from typing import Any
 import peft as theirs
 import pytest
 import torch
+from models import inputs_of, loaded
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_zoo import IDS, llama
+from places import FIXTURES
 from torch import nn
 
 import adaptkit.peft as ours
@@ -136,3 +139,46 @@ def test_mistakes_are_sentences():
     with pytest.raises(AdaptKitError, match="(?i)dora"):
         dora.add_weighted_adapter(["a", "b"], [1, 1], "c")
     assert list(here.peft_config) == ["a", "b"]
+
+
+PLACES = {
+    "attention": ["attention"],
+    "convolutions": ["conv1d", "conv2d", "conv2d_point", "conv3d"],
+    "embedding": ["embedding"],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("how", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 12}])
+def test_other_modules_than_linear_are_combined(place: str, how: dict[str, Any], tmp_path: Path):
+    """The new adapter acts as PEFT runs both at once, one of them backwards; saved, PEFT runs it too."""
+    inputs = inputs_of("custom/inputs.npz")
+    options = {"r": 3, "lora_alpha": 6, "target_modules": PLACES[place]}
+    there, here = (
+        quietly(room.get_peft_model, loaded(FIXTURES / "models/custom", "custom"), room.LoraConfig(**options), "a")
+        for room in (theirs, ours)
+    )
+    for room, model in ((theirs, there), (ours, here)):
+        quietly(model.add_adapter, "b", room.LoraConfig(**options))
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        numbers = theirs.get_peft_model_state_dict(there, adapter_name=name)
+        numbers = {k: 0.2 * torch.randn_like(v) for k, v in numbers.items()}
+        theirs.set_peft_model_state_dict(there, numbers, adapter_name=name)
+        assert not ours.set_peft_model_state_dict(here, numbers, adapter_name=name).missing_keys
+    for module in there.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.scaling["b"] *= -0.5
+    there.base_model.set_adapter(["a", "b"])
+    with torch.no_grad():
+        expected, plain = there.eval()(**inputs), loaded(FIXTURES / "models/custom", "custom")(**inputs)
+    assert (expected - plain).abs().max() > 0.01
+
+    here.add_weighted_adapter(["a", "b"], [1.0, -0.5], "c", **how)
+    here.set_adapter("c")
+    here.save_pretrained(tmp_path, selected_adapters=["c"])
+    back = quietly(theirs.PeftModel.from_pretrained, loaded(FIXTURES / "models/custom", "custom"), str(tmp_path / "c"))
+
+    with torch.no_grad():
+        torch.testing.assert_close(here.eval()(**inputs), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(back.eval()(**inputs), expected, atol=1e-5, rtol=1e-4)

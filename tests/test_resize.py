@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from places import FIXTURES
 from test_combine import PATH, close, delta, lora
 
@@ -104,7 +106,7 @@ def test_options_that_make_no_sense_are_refused(case: str):
 @pytest.mark.parametrize("name", ["dora", "pissa", "ia3", "prompt"])
 def test_what_has_no_thin_update_is_refused(name: str):
     """With the reason."""
-    with pytest.raises(AdaptKitError, match="base|product"):
+    with pytest.raises(AdaptKitError, match="base|has one"):
         resized(read(LLAMA / name), rank=2)
 
 
@@ -127,3 +129,21 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys):
     assert capsys.readouterr().out.count("_proj") == len(read(LLAMA / "lora").sites)
     assert file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(tmp_path.glob(".*"))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 100), st.integers(0, 99))
+def test_the_full_rank_is_the_update_itself(r: int, out: int, into: int, alpha: float, seed: int):
+    """Of any shape, also where the rank is above both sides."""
+    adapter = lora(seed, r=r, out=out, into=into, alpha=alpha)
+    made, report = resized(adapter, rank=r)
+
+    assert made.sites[PATH].tuner.r == min(r, out, into) and report.energy == 1
+    close(delta(made.sites[PATH]), delta(adapter.sites[PATH]))
+
+
+@pytest.mark.parametrize("name", ["ia3", "prompt", "ptuning", "prefix"])
+def test_what_has_no_rank_is_said_to_have_none(name: str):
+    """And not sent to be merged and extracted."""
+    with pytest.raises(AdaptKitError, match=r"no rank; only LoRA has one"):
+        resized(read(LLAMA / name), rank=2)

@@ -212,3 +212,14 @@ def test_comparing_imports_neither_torch_nor_matplotlib():
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=60)
 
     assert done.stderr.splitlines()[-1] == "0 []", done.stderr
+
+
+@pytest.mark.parametrize("other", ["ia3", "dora", "prompt"])
+def test_what_cannot_be_compared_is_one_line_for_each_reason(other: str, capsys):
+    """No norms and no cosine are shown where nothing was compared."""
+    assert run(["inspect", str(LLAMA / "lora"), str(LLAMA / other)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    assert sum(line.startswith("not compared: ") for line in lines) == 1
+    assert lines[-1] == f"lora and {other}: nothing could be compared"
+    assert not any(line.endswith(": ") for line in lines)

@@ -30,6 +30,7 @@ COMMANDS = {
     "push": "Push a model or an adapter to the Hub, in one commit or one pull request.",
     "plugins": "List the installed tuners and formats.",
 }
+RESUMED = {"merge", "unmerge", "convert", "pull", "push"}  # commands that go on where an earlier run was stopped
 COMPLETE = "_ADAPTKIT_COMPLETE"  # what shells ask through; README says how to switch it on
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
@@ -121,7 +122,7 @@ def run(args: list[str]) -> int:
         except BaseException as e:
             if debug:
                 print(TOKEN.sub("hf_...", traceback.format_exc()), file=sys.stderr)
-            return _failed(e)
+            return _failed(e, resumed=bool(args) and args[0] in RESUMED)
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
@@ -130,18 +131,19 @@ def run(args: list[str]) -> int:
     return code
 
 
-def _failed(e: BaseException) -> int:
-    """Print one line for an exception; its exit code."""
+def _failed(e: BaseException, resumed: bool = False) -> int:
+    """Print one line for an exception; its exit code. resumed: whether the command goes on when it is run again."""
+    again = "run the same command again to go on" if resumed else "nothing was written"
     if isinstance(e, AdaptKitError):
         _say(f"error: {e}")
         return e.code
     if isinstance(e, click.exceptions.Exit):
         return e.exit_code
     if isinstance(e, click.Abort | KeyboardInterrupt):
-        _say(f"interrupted{_progress()}; run the same command again to go on")
+        _say(f"interrupted{_progress()}; {again}")
         return 130
     if isinstance(e, Terminated):
-        _say(f"terminated{_progress()}; run the same command again to go on")
+        _say(f"terminated{_progress()}; {again}")
         return 143
     if isinstance(e, click.exceptions.NoArgsIsHelpError):
         click.echo(e.format_message())

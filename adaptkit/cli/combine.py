@@ -61,5 +61,5 @@ def _sentence(count: int, made: Any, dry: bool) -> str:
     kept = f"; {len(made.kept)} tensors kept as they are" if made.kept else ""
     did = "would combine" if dry else "combined"
     end = "nothing was written" if dry else f"{made.seconds:.1f} s"
-    what = f"{made.sites} sites" + (f" ({ranks})" if ranks else "")
-    return f"{did} {count} adapters by {made.method} into {made.output}: {what}{kept}; {end}"
+    what = f"{made.sites} site{'s' * (made.sites != 1)}" + (f" ({ranks})" if ranks else "")
+    return f"{did} {count} adapter{'s' * (count > 1)} by {made.method} into {made.output}: {what}{kept}; {end}"

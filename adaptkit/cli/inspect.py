@@ -57,11 +57,18 @@ def _overlap(pair: Any) -> None:
         words.table(columns, rows, f"A = {a}, B = {b}")
     for name, only in ((a, pair.only[0]), (b, pair.only[1])):
         if only:
-            click.echo(f"only in {name}: {some(only, 6)}")
-    for name, why in pair.uncompared.items():
-        click.echo(f"not compared: {quoted(name or 'the whole model')}: {why}")
+            click.echo(f"only in {name}: {_places(only)}")
+    for why in dict.fromkeys(pair.uncompared.values()):
+        click.echo(f"not compared: {_places([n for n, w in pair.uncompared.items() if w == why])}: {why}")
+    if pair.uncompared and not rows:
+        click.echo(f"{a} and {b}: nothing could be compared")
+        return
     norms = " and ".join(f"{n:.4g}" for n in pair.norms)
     click.echo(f"{a} and {b}: cosine {_cosine(pair.cosine)}, norms {norms}, {len(pair.sites)} modules compared")
+
+
+def _places(names: list[str]) -> str:
+    return some([n or "the whole model" for n in names], 6)
 
 
 def _cosine(value: float | None) -> str:

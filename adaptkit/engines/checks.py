@@ -92,7 +92,10 @@ def coverage(adapter: Adapter, tensors: Mapping[str, Target]) -> None:
         warn(f"target_modules names {some(sorted(ghosts))}, which the adapter holds nothing for")
 
 
-def numbers(adapter: Adapter) -> None:
+IDLE = "every update of the adapter is zero: the output equals the base model"
+
+
+def numbers(adapter: Adapter, idle_text: str = IDLE) -> None:
     """Read every number of an adapter once. Raises Corrupt for NaN or infinity, warns when nothing would change."""
     idle = bool(adapter.sites) and not adapter.whole
     for path, site in adapter.sites.items():
@@ -101,7 +104,7 @@ def numbers(adapter: Adapter) -> None:
     for name, value in adapter.whole.items():
         _finite(value, name)
     if idle:
-        warn("every update of the adapter is zero: the output equals the base model")
+        warn(idle_text)
 
 
 def _finite(value: Any, name: str) -> np.ndarray:

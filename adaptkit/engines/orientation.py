@@ -31,8 +31,11 @@ def square(tuner: Tuner, parameter: str, config: Mapping[str, Any], adapter: Ada
 
 def _experts(kind: str | None, version: str) -> bool:
     """PEFT changed how it packs experts twice, in 0.19.0 and 0.19.1; older files do not name their version."""
+    way, turned = packing(version), kind in TURNED_EXPERTS
+    return way == 0 or turned == (way == 2)
+
+
+def packing(version: str) -> int:
+    """Which of its three ways of packing experts a version of PEFT has: 0 up to 0.18, 1 in 0.19.0, 2 since then."""
     numbers = tuple(int(n) for n in version.split("@")[0].split(".")[:3] if n.isdecimal())
-    if numbers < (0, 19):
-        return True
-    turned = kind in TURNED_EXPERTS
-    return turned if numbers >= (0, 19, 1) else not turned
+    return (numbers >= (0, 19)) + (numbers >= (0, 19, 1))

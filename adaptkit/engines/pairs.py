@@ -15,13 +15,15 @@ from ..store.conversions import Edge, edges
 from ..store.entry import Entry
 from ..store.names import PLAIN, direct, prefixes
 from ..store.quantised import refuse_quantised
+from ..tuners.experts import REGISTERED
 from . import checks, layout
 from .ends import EMBEDDINGS, HEADS, LABELS, Ends
-from .orientation import CONV1D, CONV1D_LEAVES
+from .orientation import CONV1D, CONV1D_LEAVES, TURNED_EXPERTS
 
 LINEAR = {"Linear", "Conv1D"}
 CONVOLUTIONS = {"Conv1d", "Conv2d", "Conv3d"}
 LOOKED_UP = re.compile(r"(?:.*_)?(?:emb|embed|embedding|embeddings|embed_\w+|wte|wpe|shared|relative_attention_bias)")
+STACKS = set(REGISTERED) - {"weight", "bias"}  # parameters of expert modules
 SAVE_AGAIN = "save it again with transformers"
 OF_MODULES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
@@ -30,7 +32,8 @@ OF_MODULES = {"weight", "bias", "running_mean", "running_var", "num_batches_trac
 class Pair:
     """One tensor of both models.
 
-    name: the model's name of the parameter.    how: "lora", "whole" (the module is saved) or "" for what no adapter holds.
+    name: the model's name of the parameter.    how: "lora", "experts" (LoRA on a stack of matrices), "whole" (the module is
+    saved) or "" for what no adapter holds.
     why: what stands against it, when `how` is "".    turned: it is stored as (in, out).
     """
 
@@ -43,7 +46,8 @@ class Pair:
 
     @property
     def module(self) -> str:
-        return self.name.rpartition(".")[0]
+        """The path of its site."""
+        return self.name if self.how == "experts" else self.name.rpartition(".")[0]
 
     @property
     def nbytes(self) -> int:
@@ -147,13 +151,18 @@ def _pair(name: str, old: Entry, new: Entry, home: _Home | None, base: Checkpoin
             )
     leaf = home.parameter.removesuffix(".weight").rpartition(".")[2]
     turned = home.owner == "Conv1D" or (base.config.get("model_type") in CONV1D and leaf in CONV1D_LEAVES)
-    return Pair(home.parameter, old, new, how, why, turned and len(old.shape) == 2)
+    if how == "experts" and not (old.plain and new.plain):
+        how, why = "", "its numbers do not lie in one piece"
+    turned = base.config.get("model_type") in TURNED_EXPERTS if how == "experts" else turned and len(old.shape) == 2
+    return Pair(home.parameter, old, new, how, why, turned)
 
 
 def _how(home: _Home, entry: Entry, disk: str, ends: Ends) -> tuple[str, str]:
     """How an adapter can hold a change of a tensor, and why it cannot."""
     path, _, leaf = home.parameter.rpartition(".")
     module = path.rpartition(".")[2]
+    if path and leaf in STACKS and len(entry.shape) == 3 and entry.dtype in FLOATS:
+        return "experts", ""
     if leaf not in OF_MODULES or not path:
         return "", "it is a parameter that belongs to no module of its own"
     if f"{disk.removesuffix('out_proj.' + leaf)}in_proj_weight" in ends.entries:

@@ -158,7 +158,7 @@ def _nothing_fits(path: Path) -> AdaptKitError:
     if path.is_dir() and (path / "config.json").exists():
         return Usage("this is a model, not an adapter", where=path, hint="give the base model first, then the adapter")
     seen = (
-        f"it holds {some(sorted(p.name for p in path.iterdir()))}"
+        f"it holds {some(sorted(p.name for p in path.iterdir())) or 'nothing'}"
         if path.is_dir()
         else f"it ends in {path.suffix or 'nothing'}"
     )

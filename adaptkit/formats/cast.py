@@ -16,16 +16,17 @@ def cast(adapter: Adapter, dtype: str) -> list[Note]:
     wanted = WORDS[dtype]
     for path, site in adapter.sites.items():
         for letter in [k for k in site.params if k != "index"]:
-            site.params[letter], lost = _rounded(site.params[letter], wanted, f"{path}.{letter}")
+            site.params[letter], lost = narrowed(site.params[letter], wanted, f"{path}.{letter}")
             notes += [Note("rounded", f"{path}.{letter}", f"{lost:,} numbers became zero in {dtype}")] if lost else []
     for name in adapter.whole:
         if dtype_of(adapter.whole[name]) in FLOATS:
-            adapter.whole[name], lost = _rounded(adapter.whole[name], wanted, name)
+            adapter.whole[name], lost = narrowed(adapter.whole[name], wanted, name)
             notes += [Note("rounded", name, f"{lost:,} numbers became zero in {dtype}")] if lost else []
     return notes
 
 
-def _rounded(value: object, dtype: str, name: str) -> tuple[np.ndarray, int]:
+def narrowed(value: object, dtype: str, name: str) -> tuple[np.ndarray, int]:
+    """Numbers in a stored dtype, and how many of them became zero. Raises Corrupt for what overflows."""
     exact = load(value)
     if exact.dtype == NUMPY[dtype] or exact.dtype.kind in "iub":
         return exact, 0

@@ -98,7 +98,7 @@ def folder(
     head, text = head_of(arrays, metadata), (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     size = len(head) + sum(a.nbytes for a in arrays.values())
     need = size + len(text) + sum(source.stat().st_size for source, _ in beside)
-    place = {"inputs": inputs, "overwrite": overwrite, "need": need, "files": 2 + len(beside)}
+    place = {"inputs": inputs, "overwrite": overwrite, "need": need, "files": 2 + len(beside), "resumable": False}
     with Output(path, plan=_fingerprint(text + head, arrays), **place) as out:
         if not out.done(name):
             with out.file(name, size) as fd:

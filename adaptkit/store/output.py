@@ -41,6 +41,7 @@ class Output:
 
     plan: a hash of inputs and options; only a run with the same plan goes on with a partial folder.
     need: the bytes that will be written.    files: how many files they make, for messages, if known.
+    resumable: whether a later run has work saved by what is there already.
 
     An exception inside the `with` keeps OUT.partial if the same command run again can go on from it: interrupts,
     System, Hub, anything unforeseen. It is removed after an error of the input, and when no file is finished yet.
@@ -55,7 +56,9 @@ class Output:
         inputs: Collection[Path] = (),
         overwrite: bool = False,
         files: int | None = None,
+        resumable: bool = True,
     ):
+        self.resumable = resumable
         self.path, self.plan, self.need, self.files = Path(path), plan, need, files
         self.inputs, self.overwrite = inputs, overwrite
         self._done: dict[str, dict] = {}
@@ -212,11 +215,15 @@ class Output:
 
     def __exit__(self, kind, error, trace) -> bool:
         self._journal.close()
-        if not self.published and self._is_ours() and (isinstance(error, BAD_INPUT) or not self._begun()):
+        if not self.published and self._is_ours() and self._is_useless(error):
             self._remove()
         self._release()
         # an interrupt that comes when the output has appeared has nothing left to interrupt
         return self.published and error is not None and not isinstance(error, Exception)
+
+    def _is_useless(self, error: object) -> bool:
+        """Whether what was made so far helps no later run."""
+        return isinstance(error, BAD_INPUT) or not self._begun() or not self.resumable
 
     def _begun(self) -> bool:
         """Whether there is something to go on from."""

@@ -14,6 +14,18 @@ from ..errors import Mismatch
 from .base import Array, Params
 from .lora import LoRA
 
+# how the parameters of known expert modules are registered; PEFT wraps them in this order, the first innermost
+REGISTERED = (
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "down_proj_bias",
+    "weight",
+    "bias",
+)
+
 
 @dataclass(frozen=True)
 class ExpertLoRA(LoRA):

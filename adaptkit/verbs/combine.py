@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter, Site
-from ..engines import checks
 from ..engines.device import checked
-from ..errors import AdaptKitError, Mismatch, Usage, some
+from ..engines.orientation import packing
+from ..errors import Mismatch, Usage, some
 from ..formats.peft.write import write
 from ..store.arrays import load
 from ..store.checkpoint import warn
 from . import sums, thin
+from .beside import tokenizer
 from .inputs import Source, adapters_of
 from .recipe import Recipe, recipe
 
@@ -73,16 +74,25 @@ def combine(
     start = time.monotonic()
     read = adapters_of(adapters)
     for adapter in read:
-        try:
-            checks.numbers(adapter)
-        except AdaptKitError as e:
-            raise e.at(Path(adapter.meta.get("path", "adapter")).name) from None
+        thin.check_numbers(adapter)
     how = _recipe(read, method, weights, rank, clamp, density, majority_sign, seed, device)
     made = _combined(read, how, take, checked(device), progress)
-    write(made, Path(output), overwrite=overwrite, inputs=[Path(a.meta["path"]) for a in read if "path" in a.meta])
+    _warn_of_nothing(made)
+    write(
+        made,
+        Path(output),
+        overwrite=overwrite,
+        inputs=[Path(a.meta["path"]) for a in read if "path" in a.meta],
+        beside=tokenizer(read, take),
+    )
     found = described(made, Path(output), how)
     found.seconds = time.monotonic() - start
     return found
+
+
+def _warn_of_nothing(made: Adapter) -> None:
+    if made.sites and not made.whole and all("B" in s.params and not s.params["B"].any() for s in made.sites.values()):
+        warn("every update of the result is zero: it changes nothing")
 
 
 def combined(
@@ -192,7 +202,7 @@ def replaced(adapters: Sequence[Adapter], take: int | None) -> tuple[dict[str, A
     for other in adapters[1:]:
         if different := _different(first, _outright(other)):
             raise Mismatch(
-                f"{some(different)} is replaced outright, and not by the same numbers in all adapters",
+                f"not replaced by the same numbers in all adapters: {some(different)}",
                 hint="say with --take N whose is kept, counted from 1",
             )
     return first
@@ -221,6 +231,19 @@ def _about(adapters: Sequence[Adapter], sites: dict[str, Site]) -> dict[str, Any
     if "" in sites:
         return dict(adapters[0].about) | {"num_virtual_tokens": sites[""].tuner.tokens}
     first = adapters[0].about
-    return {
-        k: first[k] for k in ("task_type", "bias") if k in first and all(a.about.get(k) == first[k] for a in adapters)
-    }
+    about = {"peft_version": first.get("peft_version")} if _packed_alike(adapters, sites) else {}
+    shared = [k for k in ("task_type", "bias") if k in first and all(a.about.get(k) == first[k] for a in adapters)]
+    return about | {k: first[k] for k in shared}
+
+
+def _packed_alike(adapters: Sequence[Adapter], sites: dict[str, Site]) -> bool:
+    """Whether all adapters pack experts one way. Raises Mismatch when they do not and no shape tells which."""
+    ways = {packing(str(a.about.get("peft_version") or "")) for a in adapters}
+    stacks = {p: s.params for p, s in sites.items() if s.tuner.name == "experts"}
+    square = [p for p, v in stacks.items() if v["A"].shape[1] == v["B"].shape[0]]
+    if len(ways) > 1 and square:
+        raise Mismatch(
+            f"{some(square)} is square, and the adapters come from versions of PEFT that pack experts differently",
+            hint="save them again with one version of PEFT",
+        )
+    return len(ways) == 1

@@ -28,11 +28,13 @@ from ..select import Select, parse_layers
 from ..store import destination
 from ..store.arrays import WORDS
 from ..store.checkpoint import Checkpoint, stamps, unchanged, warn
+from . import stacks
 from .inputs import dtype_of, model_of
 from .merge import check_pickles, unhurried
-from .targets import _rule as rule
+from .targets import rule_of
 
 Progress = Callable[[int, int], None]
+SITES = ("lora", "experts")  # how a tensor is held when it becomes a site
 
 
 @dataclass
@@ -170,7 +172,7 @@ class _Work:
             new, old = model_of(finetuned), model_of(base)
             destination.checked(Path(output), [new.path, old.path], overwrite)
             pairs = paired(new, old)
-            able = [p.module for p in pairs.found if p.how == "lora"]
+            able = [p.module for p in pairs.found if p.how in SITES]
             selects = modules is not None or layers is not None
             chosen = set(_select(modules, layers)(able)) if selects else set(able)
         return cls(new, old, pairs, chosen, selects, stamps([*new.files, *old.files]))
@@ -181,11 +183,11 @@ class _Work:
 
     def holds(self, pair: Pair) -> bool:
         """Whether the adapter holds a tensor if it changed."""
-        return pair.how == "whole" or (pair.how == "lora" and pair.module in self.chosen)
+        return pair.how == "whole" or (pair.how in SITES and pair.module in self.chosen)
 
 
 def _select(modules: str | Collection[str] | None, layers: str | Collection[int] | None) -> Select:
-    chosen = rule(modules) if modules is not None else ".*"
+    chosen = rule_of(modules) if modules is not None else ".*"
     by_pattern = isinstance(chosen, str)
     numbers = parse_layers(layers) if isinstance(layers, str) else layers
     return Select(pattern=chosen if by_pattern else None, names=None if by_pattern else chosen, layers=numbers)
@@ -238,15 +240,18 @@ def _run(work: _Work, asked: _Asked, workers: int, partial: bool, progress: Prog
 def _one(pair: Pair, chosen: bool, asked: _Asked) -> _Result:
     if pair.base is None:
         return _Result(pair, True)
-    if pair.how != "lora" or not chosen:
+    if pair.how not in SITES or not chosen:
         return _Result(pair, not same(pair.finetuned, pair.base))
-    D = difference(pair.finetuned, pair.base)
-    if D is None:
-        return _Result(pair, False)
     try:
-        return _Result(pair, True, asked.thin(D, pair.name))
+        thin = stacks.thin(pair, asked.thin) if pair.how == "experts" else _matrix(pair, asked)
+        return _Result(pair, thin is not None, thin)
     except ValueError as e:
         raise Corrupt(f"{quoted(pair.name)} {e} in one of the models", hint="train it again") from None
+
+
+def _matrix(pair: Pair, asked: _Asked) -> Thin | None:
+    D = difference(pair.finetuned, pair.base)
+    return None if D is None else asked.thin(D, pair.name)
 
 
 @dataclass
@@ -301,13 +306,15 @@ def _adapter(work: _Work, found: _Found) -> Adapter:
     adapter = Adapter({r.pair.module: _site(r) for r in found.thin}, {p.name: p.finetuned for p in found.whole})
     _tied(work, adapter)
     _for_peft(work, adapter)
-    adapter.about = {"bias": found.bias, "task_type": _task(work.base.config)}
+    adapter.about = {"bias": found.bias, "task_type": _task(work.base.config), "peft_version": stacks.LAYOUT}
     adapter.meta = {"base": work.base.path.resolve().name}
     return adapter
 
 
 def _site(result: _Result) -> Site:
     thin, shape = result.thin, result.pair.base.shape
+    if result.pair.how == "experts":
+        return stacks.site(thin, result.pair.turned)
     L, R, r = thin.L, thin.R, thin.rank
     A, B = (L.T, R.T) if result.pair.turned else (R, L)
     if len(shape) > 2:
@@ -368,6 +375,12 @@ def _share(part: float, of: float) -> float:
 # without doing it
 
 
+def _matrices(pair: Pair) -> list[tuple[int, int]]:
+    """The shapes of what is decomposed for one site."""
+    first, *rest = pair.base.shape
+    return [tuple(rest)] * first if pair.how == "experts" else [(first, math.prod(rest))]
+
+
 @dataclass
 class Rehearsed:
     """What an extraction would look at. lora, whole, unable: names of modules and tensors; what changed is not known yet.
@@ -387,8 +400,8 @@ def rehearsed(finetuned: str | Path, base: str | Path, output: str | Path, **opt
     asked = _Asked(options["rank"], options["energy"], options["max_rank"], options["seed"], None)
     places = (options["target_modules"], options["layers"], options["overwrite"])
     work = _Work.planned(finetuned, base, output, *places)
-    sites = [p for p in work.pairs.found if p.how == "lora" and p.module in work.chosen]
-    shapes = [(p.base.shape[0], math.prod(p.base.shape[1:])) for p in sites]
+    sites = [p for p in work.pairs.found if p.how in SITES and p.module in work.chosen]
+    shapes = [s for p in sites for s in _matrices(p)]
     most = min(asked.rank or 1 << 30, asked.most or 1 << 30)
     size = {"float32": 4, "keep": 4}.get(options["dtype"], 2)
     # D once, and once more while its residual is made out

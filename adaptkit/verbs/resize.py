@@ -12,12 +12,12 @@ import numpy as np
 
 from ..adapter import Adapter
 from ..algebra import lowrank
-from ..engines import checks
 from ..engines.device import checked
-from ..errors import AdaptKitError, Mismatch, Usage
+from ..errors import Mismatch, Usage
 from ..formats.peft.write import write
 from ..store.arrays import load
 from . import thin
+from .beside import tokenizer
 from .inputs import Source, adapters_of
 from .recipe import rank_of
 
@@ -73,13 +73,11 @@ def resize(
 
         spectra.check(plot)
     (read,) = adapters_of(adapter)
-    try:
-        checks.numbers(read)
-    except AdaptKitError as e:
-        raise e.at(Path(read.meta.get("path", "adapter")).name) from None
+    thin.check_numbers(read)
     where = checked(device)
     made, report = resized(read, rank=rank, energy=energy, max_rank=max_rank, device=where, progress=progress)
-    write(made, Path(output), overwrite=overwrite, inputs=[Path(read.meta["path"])] if "path" in read.meta else [])
+    inputs = [Path(read.meta["path"])] if "path" in read.meta else []
+    write(made, Path(output), overwrite=overwrite, inputs=inputs, beside=tokenizer([read]))
     report.output = Path(output)
     if plot is not None:
         spectra.draw(report, Path(plot))
@@ -132,7 +130,7 @@ def _possible(rank: int | None, energy: float | None, max_rank: int | None) -> N
 
 
 def _about(adapter: Adapter) -> dict[str, Any]:
-    return {k: adapter.about[k] for k in ("task_type", "bias") if k in adapter.about}
+    return {k: adapter.about[k] for k in ("task_type", "bias", "peft_version") if k in adapter.about}
 
 
 def _row(path: str, old: int, new: int, s: np.ndarray) -> Resize:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter, Site
-from ..algebra import blend, dense, lowrank
+from ..algebra import blend, lowrank
+from ..algebra.randomised import Thin, truncated
 from ..errors import Mismatch, Usage, quoted
 from ..store.arrays import load, shape_of
 from . import thin
@@ -128,13 +129,23 @@ def _dense(path: str, terms: list[tuple[int, Site]], how: Recipe, device: Any) -
             D = blend.product_blend(pairs, weights, how.blend, how.density, how.majority, randoms)
         if not np.isfinite(D).all():
             raise Mismatch(f"{quoted(path)}: the result does not fit float32")
-        made.append(dense.truncated(_on(D, device), r, blend.generator(how.seed, path, e, "svd")))
-    parts = [cut(_alone(found), r, how.clamp) for found in made]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        made.append(
+            _clamped(
+                truncated(_on(D, device), r, int(blend.generator(how.seed, path, e, "svd").integers(1 << 62))),
+                how.clamp,
+            )
+        )
+    return np.stack([m[0] for m in made]), np.stack([m[1] for m in made])
 
 
-def _alone(found: lowrank.Spectrum) -> lowrank.Spectrum:
-    return lowrank.Spectrum(found.U[None], found.s[None], found.V[None])
+def _clamped(found: Thin, clamp: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """The factors, of which each has the root of the values; clamped, if asked for, with all values on B as in PEFT."""
+    L, R = lowrank.numpy(found.L), lowrank.numpy(found.R)
+    if clamp is None:
+        return L, R
+    root = np.sqrt(found.values).astype("f4")
+    inverse = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
+    return lowrank.clamped(L * root, R * inverse[:, None], clamp)
 
 
 def _on(D: np.ndarray, device: Any) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..select import Select, parse_layers
+from ..errors import Corrupt, Usage
+from ..select import Select, fullmatches, parse_layers
 from ..store.checkpoint import open_checkpoint
 from ..store.hub.ghost import glance
 
@@ -42,19 +43,28 @@ def targets(
     with glance(model, "model") as folder:
         entries = open_checkpoint(folder).entries
     weights = {n.removesuffix(".weight"): e for n, e in entries.items() if len(e.shape) > 1 or n.endswith(".weight")}
-    rule = _rule(target_modules) if target_modules is not None else ".*"
+    rule = rule_of(target_modules) if target_modules is not None else ".*"
     chosen = Select(
         pattern=rule if isinstance(rule, str) else None,
         names=None if isinstance(rule, str) else rule,
         layers=parse_layers(layers) if isinstance(layers, str) else layers,
         layers_pattern=layers_pattern,
-        exclude=_rule(exclude_modules) if exclude_modules is not None else None,
+        exclude=rule_of(exclude_modules, "--exclude-modules") if exclude_modules is not None else None,
     )
     return [Target(n, weights[n].shape, weights[n].dtype) for n in chosen(weights)]
 
 
-def _rule(text: str | Collection[str]) -> str | list[str]:
-    """Names when it reads like names; a plain name as a whole-name pattern would hit nothing."""
-    if isinstance(text, str):
-        return text.split(",") if PLAIN.fullmatch(text) else text
-    return list(text)
+def rule_of(text: str | Collection[str], where: str = "--target-modules") -> str | list[str]:
+    """Names when it reads like names; a plain name as a whole-name pattern would hit nothing.
+
+    Raises Usage for what is no regular expression.
+    """
+    if not isinstance(text, str):
+        return list(text)
+    if PLAIN.fullmatch(text):
+        return text.split(",")
+    try:
+        fullmatches(text, ())
+    except Corrupt as e:
+        raise Usage(e.message, where=where) from None
+    return text

@@ -13,19 +13,26 @@ import numpy as np
 from ..adapter import Adapter, Site
 from ..algebra import lowrank
 from ..algebra.lowrank import Spectrum
-from ..errors import Mismatch, quoted
+from ..engines import checks
+from ..errors import AdaptKitError, Mismatch, quoted
 from ..store.arrays import load, shape_of
 from ..tuners.bdlora import BDLoRA
 from ..tuners.experts import ExpertLoRA
 from ..tuners.lora import LoRA
 
 PLAIN = ("lora", "experts", "bdlora")
-AT_ONCE = 32 << 20  # numbers of one batch of sites
+AT_ONCE = {"cpu": 2 << 20, "cuda": 32 << 20}  # numbers of one batch of sites: caches are small, devices want much
 REASONS = {
     "dora": "DoRA divides by the norm of base weight plus update, so its update is no product B A and depends on the base",
     "pissa": "PiSSA's start took components out of the base weight, so its update depends on the base",
     "olora": "OLoRA's start took a part out of the base weight, so its update depends on the base",
     "kasa": "KaSA's start took components out of the base weight, so its update depends on the base",
+}
+RANKLESS = {
+    "ia3": "IA3 vectors have no rank",
+    "prompt": "a prompt has no rank",
+    "ptuning": "a prompt has no rank",
+    "prefix": "a prefix has no rank",
 }
 HINT = "merge it into its base model; what is then extracted from both is a plain LoRA"
 
@@ -34,11 +41,22 @@ def check_thin(adapter: Adapter) -> None:
     """Raises Mismatch, with the reason, for a site whose update is not s B A alone."""
     for path, site in adapter.sites.items():
         name = site.tuner.name
+        if name in RANKLESS:
+            raise Mismatch(RANKLESS[name], where=named(adapter), hint="only LoRA has one")
         if name not in (*PLAIN, "tokens"):
             why = REASONS.get(name, f"{quoted(name)} is not a product B A")
             raise Mismatch(f"{quoted(path)}: {why}", where=named(adapter), hint=HINT)
     if adapter.about.get("layer_replication"):
         raise Mismatch("layer_replication makes a model of other layers than the base", where=named(adapter), hint=HINT)
+
+
+def check_numbers(adapter: Adapter) -> None:
+    """Raises Corrupt for NaN and infinity; warns of an adapter that does nothing."""
+    where = named(adapter) or "adapter"
+    try:
+        checks.numbers(adapter, f"{quoted(where)}: every update is zero")
+    except AdaptKitError as e:
+        raise e.at(where) from None
 
 
 def named(adapter: Adapter) -> str | None:
@@ -94,7 +112,7 @@ def spectra(
 
     device: a torch device, where float32 is used; None for NumPy and float64, which costs little on thin factors.
     """
-    for batch in batches(jobs):
+    for batch in batches(jobs, AT_ONCE["cpu" if device is None else "cuda"]):
         loaded = [[(w * s.tuner.scale, *factors(s)) for w, s in terms] for _, terms in batch]
         experts = [made[0][1].shape[0] for made in loaded]
         terms = [_stacked([made[k] for made in loaded], device) for k in range(len(loaded[0]))]
@@ -107,19 +125,19 @@ def spectra(
             done(len(batch))
 
 
-def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs of one shape, so many at once that they fit in memory many times."""
+def batches(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
+    """Jobs of one shape, together while they have no more than so many numbers."""
     groups: dict[tuple, list[Job]] = {}
     for job in jobs:
         groups.setdefault(tuple(sized(s)[1:] for _, s in job[1]), []).append(job)
     for group in groups.values():
         batch: list[Job] = []
-        room = AT_ONCE
+        room = most
         for job in group:
             need = sum(e * (out + into) * r for e, out, into, r in (sized(s) for _, s in job[1]))
             if batch and need > room:
                 yield batch
-                batch, room = [], AT_ONCE
+                batch, room = [], most
             batch.append(job)
             room -= need
         yield batch

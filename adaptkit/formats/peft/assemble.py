@@ -89,8 +89,10 @@ def _site(config: dict[str, Any], path: str, depth: int, parts: Parts, depths: l
         return path, build.adalora(config, path, parts)
     parameter = build.parameter(config, path, depth, depths)
     name = f"{path}.{parameter}" if parameter else path
-    twice = any(is_attention_output(e.name) for e in parts.values())
-    return name, build.lora(config, name, parts, experts=bool(parameter), times=2.0 if twice else 1.0)
+    if any(is_attention_output(e.name) for e in parts.values()):
+        # PEFT gives it the attention's rank and alpha, and adds its update twice
+        return name, build.lora(config, name, parts, experts=False, times=2.0, named=_attention(name))
+    return name, build.lora(config, name, parts, experts=bool(parameter))
 
 
 def _nothing_left(config: dict[str, Any], modules: dict) -> None:

@@ -12,6 +12,7 @@ from ...errors import Corrupt, Mismatch, quoted, some
 from ...select import matching
 from ...store.arrays import load
 from ...store.entry import Entry
+from ...tuners.experts import REGISTERED
 from .patterns import lookup
 
 Parts = dict[str, Entry]
@@ -20,17 +21,6 @@ EMBEDDINGS = (
     "embed_tokens embed_in embed_out lm_head wte word_embeddings shared embeddings tok_embeddings output "
     "token_embedding embed_positions wpe"
 ).split()
-# how the parameters of known expert modules are registered; PEFT wraps them in this order, the first innermost
-REGISTERED = (
-    "gate_up_proj",
-    "gate_up_proj_bias",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "down_proj_bias",
-    "weight",
-    "bias",
-)
 
 
 def virtual(config: dict[str, Any], parts: Parts) -> Site:
@@ -74,14 +64,19 @@ def _is_feedforward(rule: str | list[str], path: str) -> bool:
     return any(path.endswith(entry) for entry in rule)  # PEFT asks for no dot here
 
 
-def lora(config: dict[str, Any], path: str, parts: Parts, experts: bool, times: float) -> Site:
-    """The factors of one module, with the tuner that the settings and the tensors agree on."""
+def lora(
+    config: dict[str, Any], path: str, parts: Parts, experts: bool, times: float = 1.0, named: str | None = None
+) -> Site:
+    """The factors of one module, with the tuner that the settings and the tensors agree on.
+
+    times: of alpha, how often the update is added.    named: the module whose name patterns are held against.
+    """
     embedding = bool({"eA", "eB"} & set(parts))
     turned = embedding or bool(config.get("fan_in_fan_out"))
     parts = _without_embedding_names(path, parts)
     _complete(config, path, parts)
-    r = int(lookup(config.get("rank_pattern"), path, config["r"]))
-    alpha = float(lookup(config.get("alpha_pattern"), path, config["lora_alpha"])) * times
+    r = int(lookup(config.get("rank_pattern"), named or path, config["r"]))
+    alpha = float(lookup(config.get("alpha_pattern"), named or path, config["lora_alpha"])) * times
     name, more = _kind(config, path, parts, experts, embedding)
     _rank(path, r, parts, experts, more)
     settings = {"r": r, "alpha": alpha, "rslora": bool(config.get("use_rslora")), "transposed": turned}

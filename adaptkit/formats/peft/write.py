@@ -15,12 +15,14 @@ import numpy as np
 
 from ...adapter import Adapter, Site
 from ...errors import Mismatch, quoted, some
-from ...store.arrays import FLOATS, NUMPY, load, rounded
+from ...store.arrays import FLOATS, NUMPY, load
 from ...store.entry import Entry
 from ..base import Note
+from ..cast import narrowed
 from ..fold import WORDS, chosen, kinds
 from ..save import by_width, folder
-from .build import EMBEDDINGS, REGISTERED, VIRTUAL
+from . import nested
+from .build import EMBEDDINGS, VIRTUAL
 from .config import COMMON, SCHEMAS
 from .keys import PREFIX
 from .patterns import exactly
@@ -44,7 +46,7 @@ def write(
     kind = _kind(adapter)
     config, tensors = {"LORA": _lora, "IA3": _ia3, "TOKENS": _tokens}.get(kind, _virtual)(adapter)
     if dtype is not None:
-        tensors = {n: rounded(v, dtype) for n, v in tensors.items()}
+        tensors = {n: narrowed(v, dtype, n)[0] for n, v in tensors.items()}
     prefix = "base_model." if kind == "VIRTUAL" else PREFIX
     for name, value in adapter.whole.items():
         kept = isinstance(value, Entry) and value.dtype in FLOATS
@@ -127,34 +129,21 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _lora(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
-    sites = {p: s for p, s in adapter.sites.items() if s.tuner.name != "tokens"}
+    sites = nested.settled({p: s for p, s in adapter.sites.items() if s.tuner.name != "tokens"})
     tokens = {p: s for p, s in adapter.sites.items() if s.tuner.name == "tokens"}
-    sites = {p: _halved(p, s, sites) for p, s in sites.items()}
     experts = sorted(p for p, s in sites.items() if s.tuner.name == "experts")
-    modules = sorted(p for p in sites if p not in experts and not _attention(p, sites))
+    modules = sorted(p for p in sites if p not in experts and not nested.is_output(p, sites))
     config = _settings(sites, adapter.about) | {"peft_type": "LORA", "target_modules": modules}
     config |= {"target_parameters": experts, "peft_version": adapter.about.get("peft_version")} if experts else {}
     tensors: Tensors = {}
-    for path, site in sites.items():
-        for letter, value in site.params.items():
-            tensors[PREFIX + _name(path, site, letter, sites)] = _shaped(letter, _array(value))
+    for path, place in nested.places(sites).items():
+        for letter, value in sites[path].params.items():
+            tensors[PREFIX + _name(place, sites[path], letter)] = _shaped(letter, _array(value))
     for path, site in tokens.items():
         tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = _array(site.params["rows"])
     if tokens:
         config["trainable_token_indices"] = {p: load(s.params["index"]).tolist() for p, s in tokens.items()}
     return config, tensors
-
-
-def _attention(path: str, sites: dict[str, Site]) -> bool:
-    """Whether a site is the out_proj of an nn.MultiheadAttention that is adapted as one module."""
-    return path.endswith(".out_proj") and path.removesuffix(".out_proj") in sites
-
-
-def _halved(path: str, site: Site, sites: dict[str, Site]) -> Site:
-    """PEFT applies the update of such an out_proj twice, so its setting is half of what it does."""
-    if not _attention(path, sites):
-        return site
-    return Site(replace(site.tuner, alpha=site.tuner.alpha / 2), site.params)
 
 
 def _settings(sites: dict[str, Site], about: dict[str, Any]) -> dict[str, Any]:
@@ -170,50 +159,54 @@ def _settings(sites: dict[str, Site], about: dict[str, Any]) -> dict[str, Any]:
         raise Mismatch(
             f"{some(sorted(set(sites) - biased))} has no trained bias, others have: lora_bias is one setting"
         )
+    _possible(sites, bool(biased))
     r, alpha = (Counter(getattr(t, f) for t in tuners.values()).most_common(1)[0][0] for f in ("r", "alpha"))
     one = next(iter(tuners.values()))
+    mine = {p: t for p, t in tuners.items() if not nested.is_output(p, sites)}
     return {
         "r": r,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {exactly(p): t.r for p, t in tuners.items() if t.r != r},
-        "alpha_pattern": {exactly(p): _plain(t.alpha) for p, t in tuners.items() if t.alpha != alpha},
+        "rank_pattern": {exactly(p): t.r for p, t in mine.items() if t.r != r},
+        "alpha_pattern": {exactly(p): _plain(t.alpha) for p, t in mine.items() if t.alpha != alpha},
         "use_rslora": one.rslora,
         "use_dora": one.name == "dora",
         "lora_bias": bool(biased),
         "lora_dropout": one.dropout,
         "bias": "none",
         "ensure_weight_tying": bool(about.get("ensure_weight_tying")),
-        "fan_in_fan_out": any(t.transposed and not t.embedding for t in tuners.values()),
+        "fan_in_fan_out": any(map(_is_turned, tuners.values())),
         "init_lora_weights": one.name if one.name in ("pissa", "olora") else True,
     }
+
+
+def _is_turned(tuner: Any) -> bool:
+    return tuner.transposed and not tuner.embedding and tuner.name != "experts"
+
+
+def _possible(sites: dict[str, Site], biased: bool) -> None:
+    """Raises Mismatch for what PEFT refuses beside adapted parameters."""
+    stacks, tuners = sorted(p for p, s in sites.items() if s.tuner.name == "experts"), [s.tuner for s in sites.values()]
+    off = {"lora_bias": biased, "fan_in_fan_out": any(map(_is_turned, tuners))}
+    off |= {"lora_dropout": any(t.dropout for t in tuners)}
+    off |= {t.name: True for t in tuners if t.name not in ("lora", "experts")}
+    if stacks and any(off.values()):
+        what = next(k for k, v in off.items() if v)
+        raise Mismatch(
+            f"PEFT's format has no {what} beside adapted parameters ({some(stacks)})", hint="write them apart"
+        )
 
 
 def _plain(number: float) -> int | float:
     return int(number) if float(number).is_integer() else number
 
 
-def _name(path: str, site: Site, letter: str, sites: dict[str, Site]) -> str:
-    path = _wrapped(path, site, sites)
+def _name(path: str, site: Site, letter: str) -> str:
     if site.tuner.embedding and letter in "AB":
         return f"{path}.lora_embedding_{letter}"
     endings = {"A": "lora_A.weight", "B": "lora_B.weight", "c": "lora_B.bias", "m": "lora_magnitude_vector"}
     if letter not in endings:
         raise Mismatch(f"{quoted(path)} has {quoted(letter)!r}, which PEFT's LoRA has no name for")
     return f"{path}.{endings[letter]}"
-
-
-def _wrapped(path: str, site: Site, sites: dict[str, Site]) -> str:
-    """The path of PEFT's layer: parameters of one module are wrapped one in another, the first innermost."""
-    if _attention(path, sites):
-        return f"{path.removesuffix('.out_proj')}.base_layer.out_proj"
-    if site.tuner.name != "experts":
-        return path
-    home, _, leaf = path.rpartition(".")
-    mine = [
-        p.rpartition(".")[2] for p, s in sites.items() if s.tuner.name == "experts" and p.rpartition(".")[0] == home
-    ]
-    ordered = sorted(mine, key=lambda n: REGISTERED.index(n) if n in REGISTERED else -1)
-    return home + ".base_layer" * (len(ordered) - 1 - ordered.index(leaf))
 
 
 def _tokens(adapter: Adapter) -> tuple[dict[str, Any], Tensors]:
