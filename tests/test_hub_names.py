@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from adaptkit.errors import Corrupt, Mismatch
-from adaptkit.store.hub import Ref, called, origin, ref_of
+from adaptkit.errors import Corrupt, Mismatch, Usage
+from adaptkit.store.hub import Ref, called, origin, place, ref_of
 from adaptkit.store.hub.choose import chosen
 
 IDS = {
@@ -49,6 +49,13 @@ def test_settings_may_name_a_base_by_one_word():
     """Adapters of the first days say "gpt2"."""
     assert ref_of("gpt2", bare=True) == Ref("gpt2")
     assert ref_of("/models/gpt2", bare=True) is None
+
+
+@pytest.mark.parametrize("revision", ["../main", "/etc", "-x", "a b", ""])
+def test_revisions_given_apart_are_checked_as_well(revision: str, tmp_path):
+    """PEFT's revision=, which becomes the name of a file in the cache."""
+    with pytest.raises(Usage, match="is no revision"):
+        place("user/name", "adapter", revision=revision, cache_dir=tmp_path)
 
 
 def test_where_a_folder_came_from(tmp_path):

@@ -144,9 +144,9 @@ def test_hf_scheme_means_the_hub(hub, shell, adapter):
 @pytest.mark.parametrize("into", [[], ["-o", "here"]], ids=["cache", "folder"])
 def test_a_killed_pull_goes_on_where_it_was(hub, shell, into):
     """The bytes that are there are not sent again."""
-    data = save({"w": np.arange(12 << 18, dtype=np.float32)})  # 12 MiB: the client reads by 10
+    data = save({"w": np.arange(3 << 18, dtype=np.float32)})
     hub.state.put("user/big", {"config.json": b"{}", "model.safetensors": data})
-    fault = hub.fail("GET /object", reset=11 << 20)
+    fault = hub.fail("GET /object", reset=5 << 19)
     hub.fail("GET /object", times=9, wait=30)
     shell.killed("pull", "user/big", *into, when=lambda: not fault.times and len(hub.seen("^GET /object")) > 1)
     hub.faults.clear()
@@ -156,7 +156,7 @@ def test_a_killed_pull_goes_on_where_it_was(hub, shell, into):
 
     assert done.code == 0, done.err
     assert (shell.home / done.out.strip() / "model.safetensors").read_bytes() == data
-    assert [a.range for a in hub.seen("^GET /object")] == [f"bytes={10 << 20}-"]
+    assert [a.range for a in hub.seen("^GET /object")] == [f"bytes={5 << 19}-"]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,61 @@ def test_what_passes_by_itself_is_asked_for_again(hub, shell, model, fault):
     assert done.code == 0, done.err
     assert (shell.home / "here" / "model.safetensors").read_bytes() == (MODEL / "model.safetensors").read_bytes()
     assert done.err == ""
+
+
+def test_a_download_that_the_hub_puts_off_for_an_hour_is_not_waited_for(hub, shell, model):
+    """Said at once; nobody looks at a bar that stands still."""
+    hub.fail("^GET /object", status=429, headers={"Retry-After": "3600"})
+
+    done = shell("pull", "user/llama", "-o", "here")
+
+    assert done.code == 7
+    assert "too many requests (429), wait 3600 s" in done.err
+
+
+@pytest.mark.parametrize("command", [("pull", "ID", "-o", "here"), ("merge", "user/llama", "ID", "-o", "out")])
+def test_a_file_of_a_repository_comes_with_its_settings(hub, shell, model, command):
+    """user/name/folder/file: without the settings beside it an adapter has no scale."""
+    hub.state.put("user/many", {f"style/{n}": d for n, d in tree(ADAPTER).items()})
+
+    done = shell(*(word.replace("ID", "user/many/style/adapter_model.safetensors") for word in command))
+
+    assert done.code == 0, done.err
+    assert command[0] == "merge" or set(tree(shell.home / "here")) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adaptkit.json",
+    }
+
+
+def test_an_error_names_an_id_not_a_place_in_the_cache(hub, shell):
+    """What is broken is at the Hub, and there it can be looked at."""
+    hub.state.put("user/broken", {**tree(ADAPTER), "adapter_config.json": b"{"})
+
+    done = shell("inspect", "user/broken")
+
+    assert done.code == 3
+    assert str(shell.home) not in done.err
+    assert "user/broken" in done.err
+
+
+def test_adapters_are_compared_by_their_ids(hub, shell, adapter):
+    """Not by the commit that the cache calls their folders by."""
+    hub.state.put("user/other", tree(ADAPTER))
+
+    found = json.loads(shell("inspect", "user/lora", "user/other", "--json").out)
+
+    assert found["pairs"][0]["adapters"] == ["user/lora", "user/other"]
+
+
+def test_a_token_that_the_server_repeats_is_not_shown(hub, shell, model):
+    """Of a Hub of one's own it may look like anything."""
+    hub.fail("^GET /api/models/user/llama", status=403, headers={"X-Error-Message": "no rights for tiger-lily-42"})
+
+    done = shell("pull", "user/llama", HF_TOKEN="tiger-lily-42")
+
+    assert "no rights for hf_..." in done.err
+    assert "tiger-lily-42" not in done.err
 
 
 def test_a_range_that_is_ignored_begins_again(hub, shell, model):
@@ -374,6 +429,27 @@ def test_names_that_leave_the_folder_are_refused(hub, shell, adapter):
     assert done.code == 5
     assert "unsafe path" in done.err
     assert not (shell.home.parent / "evil.json").exists()
+
+
+def test_odd_names_that_nobody_needs_are_no_obstacle(hub, shell):
+    """A file that not every file system can hold, beside a sound adapter."""
+    hub.state.put("user/odd", {**tree(ADAPTER), "plots/a:b?.txt": b"x", "con\x07.json": b"{}"})
+
+    done = shell("pull", "user/odd", "-o", "here")
+
+    assert done.code == 0, done.err
+    assert set(tree(shell.home / "here")) >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_pointer_in_place_of_weights_is_called_so(hub, shell):
+    """Where only headers are looked at as where all is fetched."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    hub.state.put("user/pointer", {**tree(MODEL), "model.safetensors": pointer})
+
+    for command in (("inspect", "user/pointer"), ("merge", "user/pointer", str(ADAPTER), "-o", "out")):
+        done = shell(*command)
+        assert done.code == 3
+        assert "user/pointer/model.safetensors: this is a git-lfs pointer" in done.err
 
 
 def test_a_model_is_no_adapter_and_is_not_fetched_to_find_out(hub, shell, model):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,25 @@ def test_push_and_pull_give_the_same_bytes(hub, shell, model):
     assert len(hub.state.repo("user/new").commits) == 2
 
 
+def test_a_hub_that_knows_no_xet_is_not_asked_for_it(hub, shell, model):
+    """The client would use that protocol with any Hub, and fail."""
+    done = shell("push", model, "user/new", HF_HUB_DISABLE_XET=None)
+
+    assert done.code == 0, done.err
+    assert hub.seen("objects/batch")
+
+
+def test_where_xet_is_asked_for_and_not_known_the_message_says_what_to_set(hub, shell, model):
+    """Not that there is no network."""
+    pytest.importorskip("hf_xet")
+
+    done = shell("push", model, "user/new", HF_HUB_DISABLE_XET="0")
+
+    assert done.code == 7
+    assert "does not take uploads by Xet" in done.err
+    assert "set HF_HUB_DISABLE_XET=1" in done.err
+
+
 def test_an_adapter_gets_a_card(hub, shell, lora):
     """base_model, library, licence and languages of the base's card."""
     hub.state.put("user/base", {"README.md": b"---\nlicense: apache-2.0\nlanguage:\n- fr\n---\n"})
@@ -89,6 +110,70 @@ def test_a_base_without_a_card_is_no_obstacle(hub, shell, lora):
     assert done.code == 0, done.err
     assert "the card of user/base could not be read" in done.err
     assert "license" not in front(hub.state.repo("user/style").bytes()["README.md"])
+
+
+def test_the_card_says_how_it_was_made(hub, shell, model):
+    """Commits, weights, versions, the largest changes, checksums of inputs and outputs; links to the commits."""
+    lora = hub.state.put("user/many", {f"style/{n}": (LORA / n).read_bytes() for n in ADAPTER})
+    base = hub.state.put("user/llama", tree(MODEL))
+
+    done = shell("merge", "user/llama", "user/many/style", "-o", "out", "--weights", "0.5", "--push", "user/new")
+
+    held = hub.state.repo("user/new").bytes()
+    said, card = json.loads(held["adaptkit.json"]), held["README.md"].decode()
+    assert done.code == 0, done.err
+    assert f"[user/llama]({hub.url}/user/llama/tree/{base}) at `{base}`" in card
+    assert f"[user/many/style]({hub.url}/user/many/tree/{lora}/style) at `{lora}` | 0.5 |" in card
+    assert f"| model.safetensors | `{hub.state.repo('user/new').files()['model.safetensors'].oid}` |" in card
+    assert f"numpy {np.__version__}" in card
+    name, norm = max(said["norms"].items(), key=lambda item: item[1])
+    assert f"| {name} | {norm:.4g} |" in card
+    for given in said["inputs"]:
+        for file in given["files"]:
+            assert f"| {given['name']}/{file['name']} | `{file['sha256']}` |" in card
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", pytest.param("extract", marks=pytest.mark.slow), "convert"])
+def test_what_other_verbs_made_keeps_base_and_commits(hub, shell, verb):
+    """The card names base, licence and inputs; an extracted adapter's base is found by its commit again."""
+    base = hub.state.put("user/base", {**tree(MODEL), "README.md": b"---\nlicense: mit\n---\n"})
+    config = json.loads((LORA / "adapter_config.json").read_text()) | {"base_model_name_or_path": "user/base"}
+    files = {"adapter_config.json": json.dumps(config).encode(), ADAPTER[1]: (LORA / ADAPTER[1]).read_bytes()}
+    lora = hub.state.put("user/lora", files)
+    if verb == "extract":
+        assert shell("merge", "user/lora", "--push", "user/tuned", "--streaming").code == 0
+    how = {
+        "combine": ("user/lora", "user/lora"), "resize": ("user/lora", "--rank", "2"), "convert": ("user/base", "--to", "pytorch"),
+        "extract": ("user/tuned", "user/base", "--rank", "8"),
+    }  # fmt: skip
+
+    made = shell(verb, *how[verb], "-o", "out")
+    done = shell("push", "out", "user/new")
+
+    card = hub.state.repo("user/new").bytes()["README.md"]
+    assert (made.code, done.code) == (0, 0), made.err + done.err
+    assert front(card)["base_model"] == "user/base"
+    assert front(card)["license"] == "mit"
+    assert (base if verb in ("extract", "convert") else lora) in card.decode()
+    if verb == "extract":
+        assert json.loads((shell.home / "out" / "adapter_config.json").read_text())["revision"] == base
+        assert shell("merge", "out", "-o", "again").code == 0
+
+
+def test_a_push_of_what_is_there_already_says_so(hub, shell, model):
+    """No commit, no pull request, and no success that is none."""
+    assert shell("push", model, "user/new").code == 0
+
+    again, proposed = shell("push", model, "user/new"), shell("push", model, "user/new", "--create-pr")
+
+    repo = hub.state.repo("user/new")
+    assert (again.code, proposed.code) == (0, 0), again.err + proposed.err
+    assert (
+        again.out
+        == proposed.out
+        == f"{hub.url}/user/new/commit/{repo.branches['main']} (all of it was there already)\n"
+    )
+    assert (len(repo.commits), repo.pulls) == (2, [])
 
 
 def test_a_pull_request_leaves_main_alone(hub, shell, model):
@@ -189,9 +274,25 @@ def place_in_card(folder: Path) -> str:
     return "by a path of this machine"
 
 
-@pytest.mark.parametrize(
-    "harm", [half_written, cut_short, shard_missing, other_size, no_weights, token_inside, place_in_card]
-)
+def place_in_config(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": str(MODEL)}))
+    return "config.json: names its base model by a path of this machine"
+
+
+def place_in_subfolder(folder: Path) -> str:
+    (folder / "style").mkdir()
+    (folder / "style" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../llama"}))
+    return "style/adapter_config.json: names its base model by a path of this machine"
+
+
+HARMS = [
+    half_written, cut_short, shard_missing, other_size, no_weights, token_inside, place_in_card, place_in_config,
+    place_in_subfolder,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_what_is_not_whole_or_tells_too_much_is_refused(hub, shell, model, harm):
     """Before anything is asked of the Hub; the token itself is not shown."""
     words = harm(model)
@@ -258,6 +359,38 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, shell, mod
     assert done.code == 7
     assert "look at its pull requests before you push again" in done.err
     assert len(hub.state.repo("user/new").pulls) == 1
+
+
+PEFT = """
+from transformers import AutoModelForCausalLM
+from adaptkit.peft import AutoPeftModelForCausalLM, PeftModel
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/base"), "user/many", subfolder="style", revision="v1")
+print(model.push_to_hub("user/pushed", commit_message="hello", private=True, tags=["mine"]))
+again = AutoPeftModelForCausalLM.from_pretrained("user/pushed")
+print(again.push_to_hub("own"))
+print(again.push_to_hub("user/pushed", token="hf_wrongwrongwrongwrong"))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_the_peft_room_goes_there_and_back(hub, shell, lora):
+    """from_pretrained by id, push_to_hub, and AutoPeftModel with what was pushed; a token that is given is the one used."""
+    hub.state.put("user/base", tree(MODEL))
+    hub.state.repo("user/many").tags["v1"] = hub.state.put(
+        "user/many", {f"style/{n}": d for n, d in tree(lora).items()}
+    )
+
+    done = subprocess.run([sys.executable, "-c", PEFT], env=shell.env, capture_output=True, text=True, timeout=100)
+
+    repo = hub.state.repo("user/pushed")
+    assert done.stdout.count("/commit/") == 2, done.stderr
+    assert repo.private
+    assert repo.commits[repo.branches["main"]][1] == "hello"
+    assert (
+        repo.bytes()[ADAPTER[1]] == (LORA / ADAPTER[1]).read_bytes() == hub.state.repo("user/own").bytes()[ADAPTER[1]]
+    )
+    assert front(repo.bytes()["README.md"])["tags"] == ["adaptkit", "adapter", "mine"]
+    assert "hub: user/pushed: the token was rejected (401)" in done.stderr.splitlines()[-1]
 
 
 def test_offline_pushes_nothing(hub, shell, model):
@@ -350,9 +483,10 @@ def test_merge_and_push_in_one_go(there, shell):
         (("merge", "user/base@OLD", "user/lora", "--dry-run"), "2 of 21 tensors would change"),
         (("merge", "user/lora", "--dry-run"), "2 of 21 tensors would change"),
         (("targets", "user/base@OLD"), "model.layers.1.self_attn.q_proj"),
+        (("extract", "user/base@OLD", "user/base@OLD", "-o", "x", "--rank", "4", "--dry-run"), "14 modules"),
         (("inspect", "user/base@OLD"), "LlamaForCausalLM"),
     ],
-    ids=["dry run", "dry run of a lone adapter", "targets", "inspect"],
+    ids=["dry run", "dry run of a lone adapter", "targets", "dry run of extract", "inspect"],
 )
 def test_to_look_at_a_model_only_headers_are_fetched(there, shell, command, words):
     """A model of the Hub is not downloaded to be looked at."""

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -259,9 +261,40 @@ def test_uploads_that_the_hub_swept_away_are_made_again(there, shell, files):
     assert pushed(there) == local(files)
 
 
-def test_a_commit_whose_answer_is_lost_is_not_sent_twice(there, shell, files):
+IN_MEMORY = """
+import sys
+import adaptkit
+from adaptkit.adapter import Adapter, Site
+from adaptkit.store.arrays import load
+
+lora = adaptkit.read(sys.argv[1])
+for factor in (1, 2):  # the first run is refused its commit
+    sites = {p: Site(s.tuner, {k: load(v) * (factor if k == "B" else 1) for k, v in s.params.items()}) for p, s in lora.sites.items()}
+    try:
+        adaptkit.merge("user/base", Adapter(sites, about=lora.about), push="user/merged", streaming=True)
+    except adaptkit.AdaptKitError as e:
+        print(e)
+"""
+
+
+@pytest.mark.slow
+def test_numbers_in_memory_tell_one_merge_from_another(there, shell, files):
+    """An adapter that is in no file, and then another: the second run does not go on with the first one's shards."""
+    from adaptkit import merge
+
+    there.fail("POST .*/commit/", status=403)
+    command = [sys.executable, "-c", IN_MEMORY, str(files / "lora")]
+    done = subprocess.run(command, env=shell.env, capture_output=True, text=True, timeout=100)
+
+    merge(files / "base", files / "lora", shell.home / "out", weights=[2])
+    assert done.stdout.count("may not do that (403)") == 1, done.stderr
+    assert pushed(there) == {p.name: p.read_bytes() for p in (shell.home / "out").iterdir() if p.name not in OWN}
+
+
+@pytest.mark.parametrize("fault", ["lost", "garbage"])
+def test_a_commit_whose_answer_is_lost_is_not_sent_twice(there, shell, files, fault):
     """The head has moved and holds our files: done, with a word about it."""
-    there.fail("POST .*/commit/", lost=True)
+    there.fail("POST .*/commit/", **{fault: True})
 
     done = shell(*STREAM)
 
@@ -320,6 +353,19 @@ def test_old_weights_of_the_repository_go_with_the_same_commit(there, shell, fil
     assert "model.safetensors" not in held
     assert held["README.md"] == b"mine"
     assert held["notes.txt"] == b"kept"
+
+
+def test_verify_reads_the_receipt_at_the_hub(there, shell):
+    """The weights of the merge stand there; an adapter of other bytes is named."""
+    assert shell(*STREAM, "--weights", "0.5").code == 0
+    config = there.state.repo("user/lora").bytes()["adapter_config.json"]
+    there.state.put("user/lora", {"adapter_config.json": config + b"\n"})
+
+    done = shell("verify", "user/merged", "--base", "user/base", "--adapter", "user/lora")
+
+    assert done.code == 0, done.err
+    assert "compared with weights 0.5, as adaptkit.json says" in done.err
+    assert "user/lora/adapter_config.json: other bytes than adaptkit.json names" in done.out
 
 
 def test_receipt_and_card_name_the_commits(there, shell):
@@ -382,6 +428,8 @@ def test_two_runs_of_the_same_merge(there, shell):
         (("--push", "user/merged"), "give -o OUT, or --streaming"),
         (("--push", "a/b/c", "--streaming"), "is not a Hub id"),
         (("-o", "out", "--private"), "give --push user/name"),
+        (("--streaming", "--dry-run"), "give --push user/name"),
+        (("-o", "out", "--push", "user/merged", "--streaming", "--dry-run"), "give --push user/name and no -o OUT"),
     ],
 )
 def test_options_that_do_not_go_together(there, shell, args, words):

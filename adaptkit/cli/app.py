@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -86,6 +87,8 @@ def main(args: list[str] | None = None) -> NoReturn:
 
         sys.exit(shell_complete(cli, {}, "adaptkit", COMPLETE, wanted))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; our threads are the parallelism
+    if not re.search(r"//([\w-]+\.)*(huggingface|hf)\.co(/|$)", os.environ.get("HF_ENDPOINT", "//huggingface.co")):
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # of Hubs elsewhere few speak Xet, and the client does not ask
     signal.signal(signal.SIGINT, _interrupt)
     code = run(args)
     try:
@@ -135,6 +138,7 @@ def _failed(e: BaseException, resumed: bool = False) -> int:
     """Print one line for an exception; its exit code. resumed: whether the command goes on when it is run again."""
     again = "run the same command again to go on" if resumed else "nothing was written"
     if isinstance(e, AdaptKitError):
+        e.where = _named(e.where)
         _say(f"error: {e}")
         return e.code
     if isinstance(e, click.exceptions.Exit):
@@ -165,6 +169,16 @@ def _failed(e: BaseException, resumed: bool = False) -> int:
         f"error: adaptkit: a bug of ours, {type(e).__name__}: {quoted(e)}; please report it with the output of --debug"
     )
     return 1
+
+
+def _named(where: Any) -> Any:
+    """A file of the Hub's cache by its id, which says more than where the cache keeps it."""
+    if where is None or "models--" not in str(where):
+        return where
+    from ..store.hub import Ref, origin
+
+    found = origin(Path(where))
+    return f"hub: {Ref(found.id, None, found.sub)}" if found else where
 
 
 def _progress() -> str:

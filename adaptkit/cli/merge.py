@@ -69,8 +69,10 @@ def sentence(did: str, merged: Any) -> str:
 def _rehearse(
     base: str, adapters: tuple[str, ...], output: Path | None, as_json: bool, options: dict[str, Any]
 ) -> None:
+    from ..verbs.merge import sensible
     from ..verbs.plan import plan
 
+    sensible(output, *(options[k] for k in ("push", "streaming", "private")))
     known = ("weights", "dtype", "max_shard_size", "workers", "overwrite")
     found = plan(base, list(adapters) or None, output, **{k: options[k] for k in known})
     if as_json:

@@ -36,7 +36,7 @@ def bar(text: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
             _note(done, total)
             shown_bar.update(task, completed=done, total=total)
 
-        update.label = lambda words: shown_bar.update(task, description=words)  # what is going on now
+        update.label = lambda words: shown_bar.update(task, description=words or text)  # what is going on now
         talk.on_wait.append(update.label)
         try:
             yield update

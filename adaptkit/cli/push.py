@@ -34,6 +34,8 @@ def command(as_json: bool, quiet: bool, **options: Any) -> None:
         pushed = push(progress=progress, **options)
     if as_json:
         click.echo(words.as_json(pushed))
+    elif not quiet and not pushed.files:
+        click.echo(f"{pushed.url} (all of it was there already)")
     elif not quiet:
         gone = f", {len(pushed.removed)} files of an older model removed" if pushed.removed else ""
         click.echo(f"{pushed.url} ({pushed.files} files, {words.human(pushed.bytes)}{gone})")

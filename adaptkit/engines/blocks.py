@@ -7,7 +7,8 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Look:
 
     update: |D|^2      lost: |stored(W + D) - (W + D)|^2      alone: |D_k|^2 of each adapter that acts there
     zero: whether the base is all zero there
+    numbers: how many there are, 0 when the norm of the whole update is known without looking
     """
 
     tensor: str
@@ -39,6 +41,7 @@ class Look:
     lost: float
     alone: dict[int, float]
     zero: bool
+    numbers: int = 0
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Survival:
     """Looks, added up. Plain values, so that a journal can hold them.
 
     adapters: position -> [|D_k|^2, what rounding lost where it acts].    worst: [tensor, share lost], the largest first.
+    tensors: name -> [|D|^2 of what was seen, how many numbers], where the norm is not known from factors.
     """
 
     update: float = 0.0
@@ -53,6 +57,7 @@ class Survival:
     adapters: dict[str, list[float]] = field(default_factory=dict)
     worst: list[list] = field(default_factory=list)
     zero: bool = True  # nothing but zeros was seen
+    tensors: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, looks: Iterable[Look]) -> Survival:
@@ -66,6 +71,10 @@ class Survival:
             sums = by_tensor.setdefault(look.tensor, [0.0, 0.0])
             sums[0] += look.update
             sums[1] += look.lost
+            if look.numbers:
+                seen = total.tensors.setdefault(look.tensor, [0.0, 0])
+                seen[0] += look.update
+                seen[1] += look.numbers
         shares = [[name, share(lost, update)] for name, (update, lost) in by_tensor.items()]
         total.worst = sorted(shares, key=lambda x: (-x[1], x[0]))[:3]
         return total
@@ -75,6 +84,7 @@ class Survival:
         self._add(other.update, other.lost, other.adapters)
         self.worst = sorted(self.worst + other.worst, key=lambda x: (-x[1], x[0]))[:3]
         self.zero = self.zero and other.zero
+        self.tensors |= other.tensors
 
     def _add(self, update: float, lost: float, adapters: dict[str, list[float]]) -> None:
         self.update += update
@@ -155,6 +165,11 @@ class Tensor:
             if self._steps is None:
                 self._steps = [(c, _step(c, self.sum)) for c in self.target.changes]
             return self._steps
+
+    @cached_property
+    def is_thin(self) -> bool:
+        """Whether the norm of the update can be had from the factors."""
+        return self.target.is_thin
 
     def forget(self) -> None:
         """Drop the factors that were read."""
@@ -248,7 +263,8 @@ class Tensor:
         alone: dict[int, float],
         space: Workspace,
     ) -> None:
-        space.looks.append(looked(self.target, first, before, exact, stored, alone))
+        look = looked(self.target, first, before, exact, stored, alone)
+        space.looks.append(replace(look, numbers=0) if self.is_thin else look)
 
     def _finite(self, values: np.ndarray, first: int, space: Workspace) -> None:
         """Nothing becomes NaN or infinite that was not so in the base."""
@@ -268,7 +284,7 @@ def looked(
     update, lost = _square(exact - before), _square(stored.astype(exact.dtype) - exact)
     adapters = {c.adapter for c in target.changes}
     alone = {adapters.pop(): update} if len(adapters) == 1 else alone
-    return Look(target.name, first, update, lost, alone, not (before.any() or target.appended))
+    return Look(target.name, first, update, lost, alone, not (before.any() or target.appended), exact.size)
 
 
 def in_range(target: Target, values: np.ndarray, base: Callable[[], np.ndarray], allow: bool, space: Workspace) -> None:

@@ -117,6 +117,11 @@ class Target:
         return self.shape[0] - shape_of(self.source)[0] if self.shape else 0
 
     @property
+    def is_thin(self) -> bool:
+        """Whether all that changes it are thin products."""
+        return bool(self.changes) and all(c.what == "weight" and c.is_thin for c in self.changes)
+
+    @property
     def whole(self) -> bool:
         """Whether it must be computed at once, not in blocks of rows."""
         ready = isinstance(self.source, np.ndarray) or self.source.plain

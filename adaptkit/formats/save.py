@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,12 @@ def folder(
     overwrite: bool = False,
     inputs: Collection[Path] = (),
     beside: Collection[tuple[Path, str]] = (),
-    made: Mapping[str, Any] | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """A folder with the safetensors file `name` and adapter_config.json; Entries are read one after the other.
 
     by: the format.   inputs: folders that the output must stay out of.   beside: (file, name) to copy.
-    made: for the receipt. Raises Usage when the folder is not empty, unless overwrite.
+    said: the receipt. Raises Usage when the folder is not empty, unless overwrite.
     """
     head, text = head_of(arrays, metadata), (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     size = len(head) + sum(a.nbytes for a in arrays.values())
@@ -109,7 +110,7 @@ def folder(
         for source, other in beside:
             if not out.done(other):
                 out.copy(source, other)
-        out.publish({"made": made or {"verb": "write", "format": by}})
+        out.publish(dict(said or {"adaptkit": version("adaptkit"), "made": {"verb": "write", "format": by}}))
 
 
 def _fingerprint(start: bytes, arrays: Mapping[str, np.ndarray | Entry]) -> str:

@@ -172,9 +172,11 @@ class PeftModel(nn.Module):
                 _write(folder, tensors)
                 _for_file(config, self.get_base_model(), base).save_pretrained(folder)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Not there yet; the model's own would send the whole model."""
-        raise Mismatch("push_to_hub is not there yet", hint="save_pretrained, then send the folder")
+    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+        """Push the adapters to the Hub in one commit, with a card, and return its URL. how: see `push.pushed`."""
+        from .push import pushed
+
+        return pushed(self, repo_id, **how)
 
     def add_adapter(
         self,

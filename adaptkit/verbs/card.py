@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import AdaptKitError, quoted
 from ..store.checkpoint import read_json, warn
 from ..store.hub import Ref, ref_of, talk
-from ..store.hub.ids import RECEIPT, SCHEME, SHA
+from ..store.hub.ids import SCHEME, SHA
+from .receipt import receipt_of
 
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+SHOWN = 10  # tensors, those that changed most
 WORDS = {
     "merge": "Adapters merged into their base model",
     "unmerge": "Adapters taken out of a merged model",
+    "combine": "Adapters combined into one",
+    "resize": "An adapter at another rank",
+    "extract": "A LoRA extracted from a fine-tuned model",
+    "convert": "A checkpoint in another container",
 }
 
 
-def card(folder: Path, repo: str, files: dict[str, int], said: dict[str, Any] | None = None) -> str:
-    """README.md for what lies in a folder. files: what is pushed, in bytes. said: adaptkit.json, read when left out."""
+def card(
+    folder: Path, repo: str, sums: Mapping[str, str], said: dict[str, Any] | None = None, tags: Sequence[str] = ()
+) -> str:
+    """README.md for what lies in a folder.
+
+    sums: sha256 of what is pushed.    said: adaptkit.json, read when left out.    tags: more than our own.
+    """
     from huggingface_hub import ModelCardData
 
     said = receipt_of(folder) if said is None else said
     base = base_id(folder, said)
-    kind = _library(folder)
     front = ModelCardData(
-        base_model=base, library_name=kind, tags=["adaptkit", *_tags(folder, said)], **inherited(base)
+        base_model=base,
+        library_name=_library(folder),
+        tags=["adaptkit", *_tags(folder, said), *tags],
+        **inherited(base),
     )
-    return f"---\n{front.to_yaml()}\n---\n\n{_body(repo, said, base, files)}"
-
-
-def receipt_of(folder: Path) -> dict[str, Any]:
-    """adaptkit.json, {} when there is none or it cannot be read."""
-    try:
-        return read_json(folder / RECEIPT) if (folder / RECEIPT).is_file() else {}
-    except AdaptKitError:
-        return {}
+    body = "\n".join(["", f"# {repo.rpartition('/')[2]}", "", *_body(said, base), *_sums(sums)])
+    return f"---\n{front.to_yaml()}\n---\n{body}\n"
 
 
 def base_id(folder: Path, said: dict[str, Any]) -> str | None:
@@ -47,17 +55,16 @@ def base_id(folder: Path, said: dict[str, Any]) -> str | None:
     if named:
         found = ref_of(SCHEME + str(named))
         return found.id if found and not found.sub else None
-    named = next((r["id"] for r in commits(said) if r["id"] == said.get("base")), "")
+    named = next((r["id"] for r in commits(said) if r["id"] in (said.get("base"), said.get("source"))), "")
     found = ref_of(SCHEME + named)
     return found.id if found else None
 
 
 def commits(said: dict[str, Any]) -> list[dict[str, str]]:
     """The Hub inputs that a receipt names, as far as they read like such."""
-    found = said.get("hub") if isinstance(said.get("hub"), list) else []
     return [
-        r for r in found
-        if isinstance(r, dict) and ref_of(SCHEME + str(r.get("id"))) and SHA.fullmatch(str(r.get("revision")))
+        r for r in _rows(said, "hub")
+        if ref_of(SCHEME + str(r.get("id"))) and SHA.fullmatch(str(r.get("revision")))
     ]  # fmt: skip
 
 
@@ -75,6 +82,12 @@ def inherited(base: str | None) -> dict[str, Any]:
     return {k: found[k] for k in INHERITED if found.get(k)}
 
 
+def made_by(said: dict[str, Any]) -> str | None:
+    """The verb that made a folder."""
+    verb = _made(said).get("verb")
+    return verb if verb in WORDS else None
+
+
 def _library(folder: Path) -> str | None:
     if (folder / "modules.json").is_file():
         return "sentence-transformers"
@@ -84,54 +97,97 @@ def _library(folder: Path) -> str | None:
 
 
 def _tags(folder: Path, said: dict[str, Any]) -> list[str]:
-    verb = (said.get("made") or {}).get("verb") if isinstance(said.get("made"), dict) else None
     kind = "adapter" if (folder / "adapter_config.json").is_file() else None
-    return [t for t in (verb if verb in WORDS else None, kind) if t]
+    verb = made_by(said)
+    return [t for t in (verb if verb in ("merge", "unmerge") else None, kind) if t]
 
 
-def _body(repo: str, said: dict[str, Any], base: str | None, files: dict[str, int]) -> str:
-    made = said.get("made") if isinstance(said.get("made"), dict) else {}
-    version = quoted(said.get("adaptkit") or "")
-    what = WORDS.get(str(made.get("verb")), "Files")
-    lines = [f"# {repo.rpartition('/')[2]}", "", f"{what}, written by AdaptKit {version}".strip() + "."]
-    lines += _inputs(said, base, made)
-    if settings := {k: v for k, v in made.items() if k not in ("verb", "weights")}:
-        lines += ["", f"Settings: `{quoted(json.dumps(settings, sort_keys=True))}`"]
+# -- the text
+
+
+def _body(said: dict[str, Any], base: str | None) -> Iterator[str]:
+    verb, made = made_by(said), _made(said)
+    yield f"{WORDS[verb]}, written by AdaptKit {_version(said)}." if verb else f"Pushed by AdaptKit {_version({})}."
+    yield from _table(("", "from", "weight"), _inputs(said, base))
+    if settings := {k: v for k, v in made.items() if k not in ("verb", "weights")} if verb else {}:
+        yield from ("", f"Settings: `{quoted(json.dumps(settings, sort_keys=True))}`")
+    if verb and isinstance(said.get("versions"), dict):
+        yield from ("", "With " + ", ".join(f"{quoted(k)} {quoted(v)}" for k, v in said["versions"].items()) + ".")
     if said.get("changed"):
-        lines += ["", f"{said['changed']} tensors changed." + _lost(said)]
-    return "\n".join([*lines, *_sums(said, files)]) + "\n"
+        yield from ("", f"{quoted(said['changed'])} tensors changed.{_lost(said)}")
+    yield from _folded("Largest changes, Frobenius norm before rounding", ("tensor", "norm"), _norms(said))
+    yield from _folded("Checksums of the inputs", ("file", "sha256"), _input_sums(said))
 
 
-def _inputs(said: dict[str, Any], base: str | None, made: dict[str, Any]) -> list[str]:
+def _version(said: dict[str, Any]) -> str:
+    return quoted(said.get("adaptkit") or version("adaptkit"))
+
+
+def _inputs(said: dict[str, Any], base: str | None) -> Iterator[tuple]:
     at = {r["id"]: r["revision"] for r in commits(said)}
-    adapters = said.get("adapters") if isinstance(said.get("adapters"), list) else []
-    weights = made.get("weights") if isinstance(made.get("weights"), list) else []
-    rows = [f"| base | {_link(base, at)} | |"] if base else []
-    for k, name in enumerate(adapters):
-        rows.append(f"| adapter | {_link(str(name), at)} | {weights[k] if k < len(weights) else 1} |")
-    return ["", "| | from | weight |", "|---|---|---|", *rows] if rows else []
+    weights = _made(said).get("weights")
+    if base:
+        yield "base", _link(base, at), ""
+    if said.get("finetuned"):
+        yield "fine-tuned", _link(str(said["finetuned"]), at), ""
+    for k, name in enumerate(_list(said, "adapters")):
+        yield "adapter", _link(str(name), at), weights[k] if isinstance(weights, list) and k < len(weights) else 1
 
 
 def _link(name: str, at: dict[str, str]) -> str:
     """A name, and the commit when it is the Hub's; a local one without its folders."""
-    if name in at:
-        return f"[{name}](https://huggingface.co/{name}) at `{at[name]}`"
-    return f"`{quoted(name)}`"
+    if name not in at:
+        return f"`{quoted(name)}`"
+    ref = ref_of(SCHEME + name)
+    sub = f"/{ref.sub}" if ref.sub else ""
+    return f"[{name}]({talk.endpoint()}/{ref.id}/tree/{at[name]}{sub}) at `{at[name]}`"
 
 
 def _lost(said: dict[str, Any]) -> str:
-    lost = [x for x in said.get("lost_to_rounding") or [] if isinstance(x, int | float)]
+    lost = [x for x in _list(said, "lost_to_rounding") if isinstance(x, int | float)]
     return f" Rounding to the stored dtype took {max(lost):.1%} of an update." if any(lost) else ""
 
 
-def _sums(said: dict[str, Any], files: dict[str, int]) -> list[str]:
-    found = said.get("files") if isinstance(said.get("files"), list) else []
-    sums = {r["name"]: r["sha256"] for r in found if isinstance(r, dict) and "sha256" in r and r.get("name") in files}
-    if not sums:
-        return []
-    return [
-        "",
-        "| file | sha256 |",
-        "|---|---|",
-        *(f"| {quoted(n)} | `{quoted(s)}` |" for n, s in sorted(sums.items())),
-    ]
+def _norms(said: dict[str, Any]) -> list[tuple]:
+    norms = said.get("norms") if isinstance(said.get("norms"), dict) else {}
+    found = [(n, v) for n, v in norms.items() if isinstance(v, int | float)]
+    return [(quoted(n), f"{v:.4g}") for n, v in sorted(found, key=lambda item: -item[1])[:SHOWN]]
+
+
+def _input_sums(said: dict[str, Any]) -> Iterator[tuple]:
+    for given in _rows(said, "inputs"):
+        for file in _rows(given, "files"):
+            if file.get("sha256"):
+                yield quoted(f"{given.get('name')}/{file.get('name')}"), f"`{quoted(file['sha256'])}`"
+
+
+def _sums(sums: Mapping[str, str]) -> Iterator[str]:
+    yield from _table(("file", "sha256"), ((quoted(n), f"`{s}`") for n, s in sorted(sums.items()) if n != NAME))
+
+
+def _table(heads: tuple[str, ...], rows: Any) -> Iterator[str]:
+    """A table of Markdown, nothing when it has no rows."""
+    lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
+    if lines:
+        yield from ("", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *lines)
+
+
+def _folded(title: str, heads: tuple[str, ...], rows: Any) -> Iterator[str]:
+    """A table that opens when its title is clicked on."""
+    if lines := list(_table(heads, rows)):
+        yield from ("", f"<details><summary>{title}</summary>", *lines, "", "</details>")
+
+
+# -- what a receipt says, whoever wrote it
+
+
+def _made(said: dict[str, Any]) -> dict[str, Any]:
+    return said["made"] if isinstance(said.get("made"), dict) else {}
+
+
+def _list(said: dict[str, Any], name: str) -> list[Any]:
+    return said[name] if isinstance(said.get(name), list) else []
+
+
+def _rows(said: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [r for r in _list(said, name) if isinstance(r, dict)]

@@ -21,6 +21,7 @@ from ..store.checkpoint import warn
 from . import sums, thin
 from .beside import tokenizer
 from .inputs import Source, adapters_of
+from .receipt import paths_of, said
 from .recipe import Recipe, recipe
 
 VIRTUAL = ("prompt", "ptuning", "prefix")
@@ -78,13 +79,9 @@ def combine(
     how = _recipe(read, method, weights, rank, clamp, density, majority_sign, seed, device)
     made = _combined(read, how, take, checked(device), progress)
     _warn_of_nothing(made)
-    write(
-        made,
-        Path(output),
-        overwrite=overwrite,
-        inputs=[Path(a.meta["path"]) for a in read if "path" in a.meta],
-        beside=tokenizer(read, take),
-    )
+    options = {"verb": "combine", "take": take, **{k: v for k, v in vars(how).items() if k != "device"}}
+    beside, receipt = tokenizer(read, take), said(options, read)
+    write(made, Path(output), overwrite=overwrite, inputs=paths_of(read), beside=beside, said=receipt)
     found = described(made, Path(output), how)
     found.seconds = time.monotonic() - start
     return found
@@ -232,8 +229,8 @@ def _about(adapters: Sequence[Adapter], sites: dict[str, Site]) -> dict[str, Any
         return dict(adapters[0].about) | {"num_virtual_tokens": sites[""].tuner.tokens}
     first = adapters[0].about
     about = {"peft_version": first.get("peft_version")} if _packed_alike(adapters, sites) else {}
-    shared = [k for k in ("task_type", "bias") if k in first and all(a.about.get(k) == first[k] for a in adapters)]
-    return about | {k: first[k] for k in shared}
+    alike = [k for k in ("task_type", "bias", "revision") if k in first]
+    return about | {k: first[k] for k in alike if all(a.about.get(k) == first[k] for a in adapters)}
 
 
 def _packed_alike(adapters: Sequence[Adapter], sites: dict[str, Site]) -> bool:

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ from ..formats.servers import SERVERS, prepared
 from ..store import dcp_safetensors, disk
 from ..store.checkpoint import Checkpoint, open_checkpoint, read_weights, unchanged
 from ..store.destination import checked
-from ..store.hub import place
+from ..store.hub import called, place
 from ..store.output import Output
 from ..store.shards import open_shards
 from .detect import ADAPTERS, SHARDED, WHOLE, detect, strange
 from .inputs import dtype_of, size_of
 from .merge import _Counter, as_text, check_pickles, write_text
+from .receipt import about
 
 Progress = Callable[[int, int], None]
 
@@ -108,10 +108,10 @@ def convert(
     Raises Usage, Corrupt, Mismatch, Unsafe or System, before a byte is written wherever that can be known.
     """
     start = time.monotonic()
-    path = place(source)
+    path = place(source, progress=progress)
     found = from_ or detect(path)
     wish = _Wish(
-        path, Path(output), _target(to, for_), _known(found, "--from"), place(base, "model") if base else None,
+        path, Path(output), _target(to, for_), _known(found, "--from"), place(base, "model", progress=progress) if base else None,
         Path(config) if config else None, dtype_of(dtype), size_of(max_shard_size), for_, tuple(kind for words in drop for kind in words.split(",")), overwrite,
         dry_run, progress, start,
     )  # fmt: skip
@@ -205,8 +205,7 @@ def _write(plan: Plan, wish: _Wish, done: Converted, inputs: list[Path]) -> None
             Note("rounded", n, f"{c:,} numbers became zero in {wish.dtype}") for n, c in local.flushed.items()
         ]
         done.resumed = out.resumed
-        made = {k: v for k, v in plan.options.items() if v is not None}
-        out.publish({"adaptkit": version("adaptkit"), "made": made, "source": wish.source.name})
+        out.publish({**about(plan.options, None, [wish.source]), "adapters": [], "source": called(wish.source)})
     if total := sum(local.flushed.values()):
         text = f"{total:,} numbers in {len(local.flushed)} tensors became zero in {wish.dtype}"
         warnings.warn(text, AdaptKitWarning, stacklevel=2)

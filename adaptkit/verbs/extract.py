@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,12 @@ from ..select import Select, parse_layers
 from ..store import destination
 from ..store.arrays import WORDS
 from ..store.checkpoint import Checkpoint, stamps, unchanged, warn
+from ..store.hub import called, origin
+from ..store.hub.ghost import glance
 from . import stacks
 from .inputs import dtype_of, model_of
 from .merge import check_pickles, unhurried
+from .receipt import about
 from .targets import rule_of
 
 Progress = Callable[[int, int], None]
@@ -102,7 +104,7 @@ def extract(
     """
     start = time.monotonic()
     asked = _Asked(rank, energy, max_rank, seed, checked(device))
-    work = _Work.planned(finetuned, base, output, target_modules, layers, overwrite)
+    work = _Work.planned(finetuned, base, output, target_modules, layers, overwrite, progress)
     word = WORDS[dtype_of(dtype) or "float32"]
     workers = _workers(workers)
     for checkpoint in (work.finetuned, work.base):
@@ -113,7 +115,7 @@ def extract(
     made = {"verb": "extract", "rank": rank, "energy": energy, "max_rank": max_rank, "seed": seed, "partial": partial}
     registry.load("formats", "peft")().write(
         adapter, Path(output), dtype=word, overwrite=overwrite, inputs=work.inputs, beside=_tokenizer(work, found),
-        made={k: v for k, v in made.items() if v not in (None, False)} | {"adaptkit": version("adaptkit")},
+        said={**about(made, work.base.path, [work.finetuned.path]), "adapters": [], "finetuned": called(work.finetuned.path)},
     )  # fmt: skip
     return _said(Path(output), found, time.monotonic() - start)
 
@@ -167,9 +169,11 @@ class _Work:
     stamps: dict
 
     @classmethod
-    def planned(cls, finetuned: Any, base: Any, output: Any, modules: Any, layers: Any, overwrite: bool) -> _Work:
+    def planned(
+        cls, finetuned: Any, base: Any, output: Any, modules: Any, layers: Any, overwrite: bool, progress: Any = None
+    ) -> _Work:
         with unhurried():
-            new, old = model_of(finetuned), model_of(base)
+            new, old = model_of(finetuned, progress), model_of(base, progress)
             destination.checked(Path(output), [new.path, old.path], overwrite)
             pairs = paired(new, old)
             able = [p.module for p in pairs.found if p.how in SITES]
@@ -307,7 +311,10 @@ def _adapter(work: _Work, found: _Found) -> Adapter:
     _tied(work, adapter)
     _for_peft(work, adapter)
     adapter.about = {"bias": found.bias, "task_type": _task(work.base.config), "peft_version": stacks.LAYOUT}
-    adapter.meta = {"base": work.base.path.resolve().name}
+    ref = origin(work.base.path)
+    if ref and not ref.sub:
+        adapter.about["revision"] = ref.revision
+    adapter.meta = {"base": called(work.base.path) if ref else work.base.path.resolve().name}
     return adapter
 
 
@@ -399,7 +406,8 @@ def rehearsed(finetuned: str | Path, base: str | Path, output: str | Path, **opt
     """What `extract` would do, from headers alone. Takes the options of `extract`."""
     asked = _Asked(options["rank"], options["energy"], options["max_rank"], options["seed"], None)
     places = (options["target_modules"], options["layers"], options["overwrite"])
-    work = _Work.planned(finetuned, base, output, *places)
+    with glance(finetuned, "model") as new, glance(base, "model") as old:
+        work = _Work.planned(new, old, output, *places)
     sites = [p for p in work.pairs.found if p.how in SITES and p.module in work.chosen]
     shapes = [s for p in sites for s in _matrices(p)]
     most = min(asked.rank or 1 << 30, asked.most or 1 << 30)

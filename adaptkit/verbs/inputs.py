@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..adapter import Adapter
-from ..errors import Usage, quoted
+from ..errors import AdaptKitError, Usage, quoted
 from ..formats.base import read
 from ..store.arrays import WORDS
 from ..store.checkpoint import Checkpoint, open_checkpoint
 from ..store.entry import Entry
-from ..store.hub import called, place, ref_of
+from ..store.hub import Ref, called, origin, place, ref_of
 from ..store.hub.ids import SCHEME
 
 Source = str | Path | Adapter
@@ -25,7 +26,30 @@ Progress = Callable[[int, int], None]
 
 def model_of(source: str | Path, progress: Progress | None = None) -> Checkpoint:
     """A model in a folder, a file or a repository of the Hub."""
-    return open_checkpoint(place(source, "model", progress=progress))
+    return opened(place(source, "model", progress=progress))
+
+
+def opened(path: Path) -> Checkpoint:
+    """A model on this machine; errors name the id that it has at the Hub."""
+    with _by_id(path):
+        return open_checkpoint(path)
+
+
+def adapter_at(path: Path, base: Path | None = None) -> Adapter:
+    """An adapter on this machine, with its model where that is known; errors as above."""
+    with _by_id(path):
+        return read(path, base=base)
+
+
+@contextmanager
+def _by_id(path: Path) -> Iterator[None]:
+    """Say which repository a file is in: many have one of that name."""
+    try:
+        yield
+    except AdaptKitError as e:
+        if (ref := origin(path)) and e.where and not Path(e.where).is_absolute():
+            e.where = f"hub: {Ref(ref.id, None, ref.sub)}/{e.where}"
+        raise
 
 
 def adapters_of(
@@ -40,7 +64,7 @@ def adapters_of(
         raise Usage("no adapter was given", where="ADAPTER")
     here = base.path if isinstance(base, Checkpoint) else base
     known = Path(here) if isinstance(here, str | Path) and Path(here).exists() else None
-    return [s if isinstance(s, Adapter) else read(place(s, "adapter", progress=progress), base=known) for s in sources]
+    return [s if isinstance(s, Adapter) else adapter_at(place(s, "adapter", progress=progress), known) for s in sources]
 
 
 def base_of(adapter: Adapter) -> str:

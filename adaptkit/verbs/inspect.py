@@ -13,14 +13,13 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..errors import AdaptKitError, Usage
-from ..formats.base import read
 from ..select import layer
 from ..store.arrays import dtype_of, shape_of
-from ..store.checkpoint import open_checkpoint, warn
+from ..store.checkpoint import warn
 from ..store.entry import BITS, Entry
 from ..store.hub.ghost import glance
 from . import heatmap
-from .inputs import Source, adapters_of
+from .inputs import Source, adapter_at, adapters_of, opened
 from .similarity import Compared, compared, norms, unknown
 
 
@@ -69,7 +68,7 @@ def inspect(paths: Source | Sequence[Source], *, plot: str | Path | None = None)
         return _one(Path(given[0].meta.get("path", "")), given[0], file)
     with glance(given[0]) as folder:
         try:
-            found = _one(folder, read(folder), file)
+            found = _one(folder, adapter_at(folder), file)
         except AdaptKitError as e:
             if "this is a model" not in e.message or file is not None:
                 raise
@@ -141,7 +140,7 @@ def _layers(adapter: Adapter) -> list[int]:
 
 
 def _model(path: Path) -> Inspected:
-    found = open_checkpoint(path)
+    found = opened(path)
     kind = (found.config.get("architectures") or [found.config.get("model_type") or "model"])[0]
     files = f"{len(found.files)} file{'s' if len(found.files) > 1 else ''}"
     return Inspected(

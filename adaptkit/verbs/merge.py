@@ -10,11 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import registry
 from ..adapter import Adapter
 from ..engines import checks, layout
 from ..engines.blocks import Survival, share
@@ -26,10 +24,11 @@ from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted
 from ..store.checkpoint import Checkpoint, stamps, unchanged
 from ..store.disk import write_all
 from ..store.entry import Entry
-from ..store.hub import Ref, called, origin
+from ..store.hub import Ref, called
 from ..store.output import Output
 from .inputs import Progress, Source, adapters_of, base_of, dtype_of, files_of, model_of, size_of, weights_of
-from .push import push_folder, writable
+from .push import Wish, push_folder, writable
+from .receipt import Known, receipt
 
 MUCH_LOST = 0.1  # of the update's norm: worth a warning
 
@@ -85,7 +84,10 @@ def merge(
     Raises Usage, Corrupt, Mismatch, Unsafe, System or Hub, before a byte is written wherever that can be known.
     """
     start = time.monotonic()
-    _sensible(output, push, streaming, private)
+    sensible(output, push, streaming, private)
+    if output is None and not streaming:
+        hint = "give -o OUT" + (", or --streaming to push shard by shard" if push else "")
+        raise Usage("no output was given", where="OUT", hint=hint)
     base, adapters = pair(base, adapters, progress)
     how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size}
     said = {"allow_nonfinite": allow_nonfinite, "device": "cpu" if device == "auto" else device}
@@ -94,7 +96,7 @@ def merge(
 
         possible(engine, workers)
         return stream(base, adapters, push, how, said, private=private, workers=workers, progress=progress)
-    target = writable(push, private) if push else None  # before the work: a name that is refused is no use at its end
+    target = writable(push) if push else None  # before the work: a name that is refused is no use at its end
     plan = planned(base, adapters, **how, progress=progress)
     plan.options |= said
     merged = execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
@@ -106,19 +108,16 @@ def merge(
 
 def _push(output: Path, target: Ref, private: bool, progress: Progress | None) -> str:
     try:
-        return push_folder(output, target, private, progress=progress).url
+        return push_folder(output, target, Wish(private), progress).url
     except AdaptKitError as e:
         e.hint = f"{e.hint or 'the merge is done'}; then: adaptkit push {output} {target}"
         raise
 
 
-def _sensible(output: str | Path | None, push: str | None, streaming: bool, private: bool) -> None:
+def sensible(output: str | Path | None, push: str | None, streaming: bool, private: bool) -> None:
     """Raises Usage for options that do not go together."""
     if streaming and (not push or output is not None):
         raise Usage("goes from the Hub to the Hub", where="--streaming", hint="give --push user/name and no -o OUT")
-    if output is None and not streaming:
-        hint = "give -o OUT" + (", or --streaming to push shard by shard" if push else "")
-        raise Usage("no output was given", where="OUT", hint=hint)
     if private and not push:
         raise Usage("is about a repository of the Hub", where="--private", hint="give --push user/name")
 
@@ -225,7 +224,7 @@ def execute(
         merged = Merged(output, [t.name for t in plan.changed], len(plan.targets), total, 0.0, resumed=out.resumed)
         merged.virtual = list(plan.virtual)
         survived(plan, local.survival, merged)
-        out.publish(receipt(plan, merged))
+        out.publish(said_of(plan, local.survival, merged))
     for text in local.warnings:
         warnings.warn(text, AdaptKitWarning, stacklevel=2)
     merged.seconds = time.monotonic() - start
@@ -285,32 +284,9 @@ def as_text(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def receipt(plan: Plan, merged: Merged) -> dict[str, Any]:
-    """adaptkit.json: what was made of what. Folder names only, since paths tell about the machine."""
-    return {
-        "adaptkit": version("adaptkit"),
-        "made": {k: v for k, v in plan.options.items() if v not in (None, False)},
-        "base": called(plan.checkpoint.path),
-        "adapters": [called(p) for p in plan.adapters],
-        **_from_the_hub([plan.checkpoint.path, *plan.adapters]),
-        "plugins": _plugins(plan),
-        **({"virtual_tokens": [plan.virtual.start, plan.virtual.stop - 1]} if plan.virtual else {}),
-        "changed": len(merged.changed),
-        "lost_to_rounding": [round(x, 4) for x in merged.lost],
-    }
-
-
-def _from_the_hub(paths: Sequence[Path]) -> dict[str, list[dict[str, str]]]:
-    """Which inputs came from the Hub, and the commits they were at."""
-    refs = dict.fromkeys(filter(None, map(origin, paths)))
-    return {"hub": [{"id": str(Ref(r.id, None, r.sub)), "revision": r.revision} for r in refs]} if refs else {}
-
-
-def _plugins(plan: Plan) -> dict[str, list[str]]:
-    """Tuners of other packages that took part: name -> packages and versions."""
-    names = sorted({c.tuner.name for t in plan.targets for c in t.changes})
-    strangers = [n for n in names if not registry.built_in("tuners", n)]
-    return {n: [f"{owner} {version(owner)}" for owner in registry.owners("tuners", n)] for n in strangers}
+def said_of(plan: Plan, found: Survival, merged: Merged, known: Known | None = None) -> dict[str, Any]:
+    """adaptkit.json of a merge."""
+    return {**receipt(plan, found.tensors, known), "lost_to_rounding": [round(x, 4) for x in merged.lost]}
 
 
 def survived(plan: Plan, found: Survival, merged: Merged) -> None:

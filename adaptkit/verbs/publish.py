@@ -21,7 +21,7 @@ class Pushed:
     """What a push did.
 
     id: of the repository.   url: of the commit or the pull request.   revision: the commit.
-    files, bytes: that were pushed.    removed: weight files of an older model that the same commit deletes.
+    files, bytes: that were pushed; files is 0 when all was there already.    removed: weight files of an older model that the same commit deletes.
     """
 
     id: str
@@ -39,17 +39,20 @@ def prepared(target: Ref, private: bool, inputs: Sequence[str] = ()) -> Repo:
     """
     client = talk.api()
     with talk.talking(target):
-        if (
-            not private
-            and (secret := [i for i in inputs if _is_private(i)])
-            and not talk.retried(lambda: client.repo_exists(target.id))
-        ):
-            warn(f"{secret[0]} is private, so the new {target.id} is, too; its settings at the Hub change that")
-            private = True
+        private = private or _made_of_secrets(target, inputs)
         talk.retried(lambda: client.create_repo(target.id, private=private or None, exist_ok=True))
         if target.revision and not target.revision.startswith("refs/"):
             talk.retried(lambda: client.create_branch(target.id, branch=target.revision, exist_ok=True))
     return repo_at(target)
+
+
+def _made_of_secrets(target: Ref, inputs: Sequence[str]) -> bool:
+    """Whether a repository is new, and something private goes into it; said, too."""
+    secret = next((i for i in inputs if _is_private(i)), None)
+    if secret is None or talk.retried(lambda: talk.api().repo_exists(target.id)):
+        return False
+    warn(f"{secret} is private, so the new {target.id} is, too; its settings at the Hub change that")
+    return True
 
 
 def _is_private(id: str) -> bool:
@@ -107,7 +110,13 @@ def stale(there: Repo, names: Sequence[str]) -> list[str]:
 
 
 def commit(
-    there: Repo, operations: list[Any], message: str, *, create_pr: bool = False, removed: Sequence[str] = ()
+    there: Repo,
+    operations: list[Any],
+    message: str,
+    *,
+    create_pr: bool = False,
+    removed: Sequence[str] = (),
+    description: str | None = None,
 ) -> Any:
     """Make everything visible in one commit. Raises Hub; a commit whose answer was lost is found and not sent twice."""
     from huggingface_hub import CommitOperationDelete
@@ -118,6 +127,7 @@ def commit(
     how = {
         "revision": target.revision,
         "commit_message": message,
+        "commit_description": description,
         "parent_commit": parent,
         "create_pr": create_pr or None,
     }
@@ -130,19 +140,21 @@ def commit(
 
 
 def _insist(once: Callable[[], Any], landed: Callable[[], Any], create_pr: bool) -> Any:
+    """Commit until it is known to be done or refused. landed: looks for the commit when the answer was lost."""
     for k in range(talk.TRIES):
         try:
             return once()
         except Exception as e:
-            lost = not talk.status_of(e) or talk.status_of(e) >= 500
-            if not talk.passing(e) and talk.status_of(e) != 412:
+            status = talk.status_of(e)
+            garbled = not status and isinstance(e, ValueError | KeyError)
+            if not (talk.passing(e) or garbled or status == 412):
                 raise
-            if lost and create_pr:
+            if create_pr and (not status or status >= 500):
                 hint = "look at its pull requests before you push again"
                 raise Hub("no answer to the pull request, which may be there all the same", hint=hint) from e
             if found := None if create_pr else landed():
                 return found
-            if k == talk.TRIES - 1 or talk.status_of(e) == 412:
+            if garbled or status == 412 or k == talk.TRIES - 1:
                 raise
             talk.pause(e, k)
     raise AssertionError("unreachable")
@@ -170,4 +182,4 @@ def answered(info: Any, create_pr: bool) -> tuple[str, str]:
     """URL and commit of an answer."""
     if not getattr(info, "oid", None):
         raise Hub(f"gave no commit ({quoted(info)})")
-    return str(info.pr_url if create_pr else info.commit_url), info.oid
+    return str((create_pr and info.pr_url) or info.commit_url), info.oid  # without a change there is no pull request

@@ -86,13 +86,14 @@ def _into(
     plan = hashlib.sha256(json.dumps([repo.ref.id, repo.sha, repo.ref.sub, names]).encode()).hexdigest()
     sub = len(repo.ref.sub) + 1 if repo.ref.sub and repo.ref.sub not in repo.files else 0
     receipt = f"{repo.ref.sub}/{RECEIPT}" if sub else RECEIPT
-    theirs = _read(repo, receipt) if receipt in repo.files else {}
+    theirs = _read(repo, receipt) if receipt in names else {}
+    names = [n for n in names if n != receipt]  # ours takes its place
     need = sum(repo.files[n].size for n in names)
     with Output(output, plan=plan, need=need, overwrite=overwrite, files=len(names)) as out:
 
         def one(name: str, tick: Callable[[int], None]) -> None:
             file = repo.files[name]
-            shown = name[sub:] if sub else name.rpartition("/")[2] if name == repo.ref.sub else name
+            shown = name[sub:] if sub else name.rpartition("/")[2] if repo.ref.sub else name
             if out.done(shown):
                 tick(file.size)
                 return

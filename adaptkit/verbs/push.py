@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..engines import checks
 from ..errors import Corrupt, Hub, Mismatch, Unsafe, Usage, quoted, some
@@ -14,18 +16,20 @@ from ..store import journal, safetensors
 from ..store.checkpoint import TRAINING, open_checkpoint, read_json, warn
 from ..store.destination import ENDING
 from ..store.hub import Ref, ref_of, talk
-from ..store.hub.choose import ADAPTER
+from ..store.hub.choose import ADAPTER, CONFIG
 from ..store.hub.fetch import File, digest_of
 from ..store.hub.ids import RECEIPT, SCHEME, repo_of
 from ..store.safepaths import inside, read_small
 from . import card as cards
 from . import publish
 from .publish import Pushed
+from .receipt import receipt_of
 
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-TEXT = {".json", ".md", ".txt", ".yaml", ".yml", ".py", ".jinja", ".toml", ".cfg", ".ini"}
+TOKEN = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".onnx", ".npz", ".pt", ".pth"}
+NAMED = {CONFIG: "base_model_name_or_path", "config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
 STATE = {"runs", "logs", "wandb", "__pycache__"}
+Progress = Callable[[int, int], None]
 SMALL = 10 << 20  # bytes that travel in the commit itself, unless the Hub wants them apart
 
 
@@ -51,10 +55,10 @@ def push(
     if revision and target.revision and revision != target.revision:
         raise Usage(f"{target.revision!r} stands in the id already", where="--revision")
     target = Ref(target.id, revision or target.revision)
-    return push_folder(Path(folder), target, private, create_pr, message, progress)
+    return push_folder(Path(folder), target, Wish(private, create_pr, message), progress)
 
 
-def writable(repo: str, private: bool = False) -> Ref:
+def writable(repo: str) -> Ref:
     """The repository to push to later. Raises Usage for a name that is none, Hub when no token says who pushes."""
     target = repo_of(repo, "--push")
     _logged_in(target)
@@ -68,46 +72,68 @@ def _logged_in(target: Ref) -> None:
         talk.retried(lambda: talk.api().whoami())
 
 
-def push_folder(
-    folder: Path,
-    target: Ref,
-    private: bool = False,
-    create_pr: bool = False,
-    message: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Pushed:
+@dataclass(frozen=True)
+class Wish:
+    """How something is pushed. description: of the commit, below its message.    tags: for the card, if it is ours."""
+
+    private: bool = False
+    create_pr: bool = False
+    message: str | None = None
+    description: str | None = None
+    tags: Sequence[str] = ()
+
+
+def push_folder(folder: Path, target: Ref, wish: Wish, progress: Progress | None = None) -> Pushed:
     """Check, upload, commit."""
     from huggingface_hub import CommitOperationAdd
 
     files = sound(folder)
     _logged_in(target)
-    said = cards.receipt_of(folder)
-    inputs = {*(ref_of(SCHEME + r["id"]).id for r in cards.commits(said)), cards.base_id(folder, said)} - {None}
-    there = publish.prepared(target, private, sorted(inputs))
+    there = publish.prepared(target, wish.private, _inputs(folder))
+    operations = list(_sent(target, files, wish.create_pr, progress))
+    if cards.NAME not in files and cards.NAME not in there.files:
+        sums = {op.path_in_repo: op.upload_info.sha256.hex() for op in operations}
+        text = cards.card(folder, target.id, sums, tags=wish.tags)
+        operations.append(CommitOperationAdd(cards.NAME, text.encode()))
+    removed = publish.stale(there, list(files))
+    message = wish.message or f"Add {called(folder)}"
+    how = {"create_pr": wish.create_pr, "removed": removed, "description": wish.description}
+    info = publish.commit(there, operations, message, **how)
+    url, sha = publish.answered(info, wish.create_pr)
+    total = sum(path.stat().st_size for path in files.values())
+    return Pushed(target.id, url, sha, len(operations) if sha != there.sha else 0, total, removed)
+
+
+def _inputs(folder: Path) -> list[str]:
+    """Repositories that what lies in a folder was made of."""
+    said = receipt_of(folder)
+    found = {ref_of(SCHEME + r["id"]).id for r in cards.commits(said)}
+    return sorted({*found, cards.base_id(folder, said)} - {None})
+
+
+def _sent(target: Ref, files: dict[str, Path], create_pr: bool, progress: Progress | None) -> Iterator[Any]:
+    """Upload weights, the largest first; small files travel in the commit."""
+    from huggingface_hub import CommitOperationAdd
+
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    total, done, operations = sum(sizes.values()), 0, []
-    for name, path in sorted(files.items(), key=lambda item: -sizes[item[0]]):
-        if path.suffix in WEIGHTS or sizes[name] > SMALL:
-            operations.append(publish.uploaded(target, name, path, create_pr))
+    total, done = sum(sizes.values()), 0
+    for name in sorted(files, key=lambda n: -sizes[n]):
+        if progress and hasattr(progress, "label"):
+            progress.label(f"pushing {name}")
+        if files[name].suffix in WEIGHTS or sizes[name] > SMALL:
+            yield publish.uploaded(target, name, files[name], create_pr)
         else:
-            operations.append(CommitOperationAdd(name, str(path)))
+            yield CommitOperationAdd(name, str(files[name]))
         done += sizes[name]
         if progress:
             progress(done, total)
-    if cards.NAME not in files and cards.NAME not in there.files:
-        operations.append(CommitOperationAdd(cards.NAME, cards.card(folder, target.id, sizes).encode()))
-    removed = publish.stale(there, list(files))
-    info = publish.commit(there, operations, message or f"Add {called(folder)}", create_pr=create_pr, removed=removed)
-    url, sha = publish.answered(info, create_pr)
-    return Pushed(target.id, url, sha, len(operations), total, removed)
 
 
 def called(folder: Path) -> str:
     """What a commit calls a folder."""
-    made = cards.receipt_of(folder).get("made")
-    verb = made.get("verb") if isinstance(made, dict) else None
+    verb = cards.made_by(receipt_of(folder))
     kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
-    return f"{kind} made by adaptkit {verb}" if verb in cards.WORDS else kind
+    return f"{kind} made by adaptkit {verb}" if verb else kind
 
 
 # -- what may be pushed
@@ -124,7 +150,7 @@ def sound(folder: Path) -> dict[str, Path]:
     _as_recorded(folder, files)
     for name, path in files.items():
         _tells_nothing(name, path)
-    _names_no_place(folder)
+    _names_no_place(folder, files)
     return files
 
 
@@ -183,18 +209,22 @@ def _as_recorded(folder: Path, files: dict[str, Path]) -> None:
 
 
 def _tells_nothing(name: str, path: Path) -> None:
-    """Raises Unsafe for a token in a text file."""
-    if path.suffix in TEXT and TOKEN.search(read_small(path)):
+    """Raises Unsafe for a token in anything that is not weights."""
+    if path.suffix in WEIGHTS:
+        return
+    raw, own = read_small(path), talk.own_token()
+    if TOKEN.search(raw) or (own and own.encode() in raw):
         raise Unsafe("holds what looks like a Hub token (hf_...)", where=name, hint="remove it, and revoke the token")
 
 
-def _names_no_place(folder: Path) -> None:
+def _names_no_place(folder: Path, files: dict[str, Path]) -> None:
     """Raises Unsafe when settings or card name the base by a path of this machine: useless to others, and theirs to read."""
     hint = "write the base's Hub id there"
-    config = folder / "adapter_config.json"
-    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
-    if base and _is_place(str(base)):
-        raise Unsafe("names its base model by a path of this machine", where=config.name, hint=hint)
+    for name, path in files.items():
+        leaf = Path(name).name
+        named = str(read_json(path).get(NAMED[leaf]) or "") if leaf in NAMED else ""
+        if named and (_is_place(named) if leaf == CONFIG else _is_here(named)):
+            raise Unsafe("names its base model by a path of this machine", where=name, hint=hint)
     if (folder / cards.NAME).is_file():
         from huggingface_hub.repocard import metadata_load
 
@@ -205,6 +235,10 @@ def _names_no_place(folder: Path) -> None:
         named = front.get("base_model") or []
         if any(_is_place(str(n)) for n in ([named] if isinstance(named, str) else named)):
             raise Unsafe("names its base model by a path of this machine", where=cards.NAME, hint=hint)
+
+
+def _is_here(text: str) -> bool:
+    return Path(text).is_absolute() and Path(text).exists()
 
 
 def _is_place(text: str) -> bool:

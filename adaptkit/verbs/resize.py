@@ -19,6 +19,7 @@ from ..store.arrays import load
 from . import thin
 from .beside import tokenizer
 from .inputs import Source, adapters_of
+from .receipt import paths_of, said
 from .recipe import rank_of
 
 
@@ -76,8 +77,9 @@ def resize(
     thin.check_numbers(read)
     where = checked(device)
     made, report = resized(read, rank=rank, energy=energy, max_rank=max_rank, device=where, progress=progress)
-    inputs = [Path(read.meta["path"])] if "path" in read.meta else []
-    write(made, Path(output), overwrite=overwrite, inputs=inputs, beside=tokenizer([read]))
+    receipt = said({"verb": "resize", "rank": rank, "energy": energy, "max_rank": max_rank}, [read])
+    inputs, beside = paths_of([read]), tokenizer([read])
+    write(made, Path(output), overwrite=overwrite, inputs=inputs, beside=beside, said=receipt)
     report.output = Path(output)
     if plot is not None:
         spectra.draw(report, Path(plot))
@@ -130,7 +132,7 @@ def _possible(rank: int | None, energy: float | None, max_rank: int | None) -> N
 
 
 def _about(adapter: Adapter) -> dict[str, Any]:
-    return {k: adapter.about[k] for k in ("task_type", "bias", "peft_version") if k in adapter.about}
+    return {k: adapter.about[k] for k in ("task_type", "bias", "peft_version", "revision") if k in adapter.about}
 
 
 def _row(path: str, old: int, new: int, s: np.ndarray) -> Resize:

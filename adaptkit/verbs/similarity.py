@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..adapter import Adapter, Site
 from ..algebra.overlap import Update, angles, inner, shared
 from ..errors import AdaptKitError, Mismatch, quoted
 from ..store.arrays import load
+from ..store.hub import called, origin
 
 
 @dataclass
@@ -35,7 +37,7 @@ class SiteOverlap:
 
 @dataclass
 class Overlap:
-    """Two adapters. adapters: their paths.   norms, cosine: of whole updates; a module that one leaves alone counts as zero.
+    """Two adapters. adapters: their paths, or ids.   norms, cosine: of whole updates; a module that one leaves alone counts as zero.
 
     only: modules that one of them changes.   uncompared: what cannot be compared, and why.
     """
@@ -57,10 +59,17 @@ class Compared:
 
 def compared(adapters: list[Adapter]) -> Compared:
     """The overlap of every pair."""
-    names = [a.meta.get("path", f"adapter {i + 1}") for i, a in enumerate(adapters)]
+    names = [_name(a, i) for i, a in enumerate(adapters)]
     return Compared(
         [_pair(adapters[i], adapters[j], (names[i], names[j])) for i, j in combinations(range(len(names)), 2)]
     )
+
+
+def _name(adapter: Adapter, position: int) -> str:
+    path = adapter.meta.get("path")
+    if path is None:
+        return f"adapter {position + 1}"
+    return called(Path(path)) if origin(Path(path)) else path
 
 
 def norms(adapter: Adapter) -> tuple[dict[str, float], dict[str, str]]:

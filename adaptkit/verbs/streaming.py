@@ -14,7 +14,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -29,19 +28,21 @@ from ..engines.local import Local
 from ..engines.plan import Plan, Target
 from ..errors import AdaptKitError, AdaptKitWarning, Hub, System
 from ..store import disk, journal
-from ..store.checkpoint import open_checkpoint, stamps, unchanged, warn
+from ..store.arrays import load
+from ..store.checkpoint import stamps, unchanged, warn
+from ..store.entry import Entry
 from ..store.hub import Ref, origin, ref_of, talk
-from ..store.hub.crew import Crew
-from ..store.hub.fetch import File, Repo, digest_of, download, repo_at
-from ..store.hub.ghost import ghost, is_whole
+from ..store.hub.fetch import File, Repo, digest_of, repo_at
+from ..store.hub.ghost import ghost
 from ..store.hub.ids import RECEIPT
 from ..store.hub.place import wanted
 from ..store.output import BAD_INPUT
 from . import card as cards
 from . import merge as merging
 from . import publish
-from .inputs import Progress, Source, adapters_of, files_of
+from .inputs import Progress, Source, adapters_of, files_of, opened
 from .push import writable
+from .workbench import Bench, Inputs
 
 NO_COPY = "no-copy"  # the journal's word for: this Hub does not copy these shards
 
@@ -66,7 +67,7 @@ def stream(
     root = talk.home() / "adaptkit" / "streaming" / key[:24]
     with _held(root), _swept(root):
         folder = ghost(repo, root / "base", wanted(repo, "model")) if repo else Path(base)
-        plan = merging.planned(open_checkpoint(folder), read, **how)
+        plan = merging.planned(opened(folder), read, **how)
         plan.options |= options
         run = _Run(plan, repo, target, root, key, workers, progress)
         try:
@@ -99,7 +100,17 @@ def _key(target: Ref, base: str, adapters: Sequence[Adapter], options: dict[str,
         h.update(json.dumps(adapter.about, sort_keys=True, default=str).encode())
         for file in files_of(adapter):
             h.update(digest_of(file, File(0, "0" * 64)).encode())
+        for name, value in _in_memory(adapter):
+            h.update(name.encode() + load(value).tobytes())
     return h.hexdigest()
+
+
+def _in_memory(adapter: Adapter) -> Iterator[tuple[str, Any]]:
+    """What tells an adapter's numbers that are in no file."""
+    for path, site in adapter.sites.items():
+        held = {k: v for k, v in site.params.items() if not isinstance(v, Entry)}
+        yield from ((f"{path} {k} {site.tuner!r}", v) for k, v in held.items())
+    yield from ((n, v) for n, v in adapter.whole.items() if not isinstance(v, Entry))
 
 
 @contextmanager
@@ -158,7 +169,7 @@ class _Run:
     ):
         self.plan, self.repo, self.target, self.root, self.workers = plan, repo, target, root, workers
         self.report, self.survival, self.said = progress, Survival(), {}
-        self.inputs = _Inputs(repo, plan, root)
+        self.inputs = Inputs(repo, plan, root)
         plan_id, done, _ = journal.read(root) if (root / journal.NAME).exists() else ("", {}, 0)
         self.done = done if plan_id == key else {}
         self.resumed = sum("sha256" in r for r in self.done.values())
@@ -247,7 +258,7 @@ class _Run:
         sources = _sources(self.plan.files[name])
         self.inputs.get(sources)
         self.inputs.want(next_sources)
-        bench = _Bench(self.root / "out")
+        bench = Bench(self.root / "out")
         where = checked(self.plan.options.get("device", "auto"))
         local = Local(self.workers, None, self.plan.options.get("allow_nonfinite", False), where)
         local.write(replace(self.plan, files={name: self.plan.files[name]}), bench)
@@ -280,11 +291,14 @@ class _Run:
 
         small = dict(merging.beside(self.plan))
         records = [*self._records(), *(_record(n, v) for n, v in small.items())]
-        said = {"files": sorted(records, key=lambda r: r["name"]), **merging.receipt(self.plan, merged)}
+        said = {
+            "files": sorted(records, key=lambda r: r["name"]),
+            **merging.said_of(self.plan, self.survival, merged, self.inputs.facts),
+        }
         small[RECEIPT] = (json.dumps(said, indent=1) + "\n").encode()
         if cards.NAME not in there.files:
-            sizes = {r["name"]: r["size"] for r in records}
-            small[cards.NAME] = cards.card(self.plan.checkpoint.root, self.target.id, sizes, said).encode()
+            sums = {r["name"]: r["sha256"] for r in records}
+            small[cards.NAME] = cards.card(self.plan.checkpoint.root, self.target.id, sums, said).encode()
         operations = [
             publish.known_upload(n, File(r["size"], r["sha256"])) for n, r in self.done.items() if "sha256" in r
         ]
@@ -348,91 +362,3 @@ def _about_copying(e: BaseException | None) -> bool:
             return True
         e = e.__cause__
     return False
-
-
-class _Inputs:
-    """The base's weight files: holes at first, each filled when it is needed, and gone when it was."""
-
-    def __init__(self, repo: Repo | None, plan: Plan, root: Path):
-        self.repo, self.root = repo, root
-        self.names = {p: self._in_repo(p, plan) for p in plan.checkpoint.files} if repo else {}
-        self.crew, self.jobs, self.left = Crew(2), {}, {}
-
-    def _in_repo(self, path: Path, plan: Plan) -> str:
-        sub = f"{self.repo.ref.sub}/" if self.repo.ref.sub else ""
-        return (
-            self.repo.ref.sub
-            if plan.checkpoint.path.is_file()
-            else sub + path.relative_to(plan.checkpoint.root).as_posix()
-        )
-
-    def name(self, path: Path) -> str:
-        return self.names[path]
-
-    def will(self, paths: Iterator[Path]) -> None:
-        """How often each file will be used."""
-        self.left = {}
-        for path in paths:
-            self.left[path] = self.left.get(path, 0) + 1
-
-    def want(self, paths: Sequence[Path]) -> None:
-        """Begin to fetch."""
-        for path in paths:
-            if path in self.names and path not in self.jobs:
-                self.jobs[path] = self.crew.begin(self._fetch, path)
-
-    def get(self, paths: Sequence[Path]) -> None:
-        """Wait until files are here."""
-        self.want(paths)
-        jobs: list[Future] = [self.jobs[p] for p in paths if p in self.jobs]
-        for job in jobs:
-            job.result()
-
-    def used(self, paths: Sequence[Path]) -> None:
-        """Delete what is not needed again."""
-        for path in paths:
-            self.left[path] = self.left.get(path, 1) - 1
-            if path in self.jobs and not self.left[path]:
-                del self.jobs[path]
-                path.unlink()
-
-    def _fetch(self, path: Path) -> None:
-        name = self.names[path]
-        file, part = self.repo.files[name], self.root / "in" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        if not part.exists() and is_whole(path, file):
-            return
-        download(self.repo, name, part, lambda n: self.crew.check())
-        self.crew.check()
-        os.replace(part, path)
-
-    def close(self) -> None:
-        self.crew.__exit__()
-
-
-class _Bench:
-    """Where one output file is made: what the engine needs of an Output."""
-
-    def __init__(self, partial: Path):
-        self.partial, self.facts = partial, {}
-        partial.mkdir(parents=True, exist_ok=True)
-
-    def done(self, name: str) -> None:
-        """No file is here yet."""
-
-    @contextmanager
-    def file(self, name: str, size: int | None = None, *, direct: bool = False) -> Iterator[int]:
-        path = self.partial / name
-        tmp = path.with_name(f".{path.name}.tmp")
-        tmp.unlink(missing_ok=True)
-        fd = disk.create(tmp, direct=direct)
-        try:
-            yield fd
-            os.fsync(fd)
-        except OSError as e:
-            raise System(disk.why(e), where="--streaming", hint="free some space and run the same command again") from e
-        finally:
-            os.close(fd)
-        os.replace(tmp, path)
-
-    def record(self, name: str, **facts: Any) -> None:
-        self.facts |= facts

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..errors import Corrupt, Usage
 from ..select import Select, fullmatches, parse_layers
-from ..store.checkpoint import open_checkpoint
 from ..store.hub.ghost import glance
+from .inputs import opened
 
 PLAIN = re.compile(r"[\w.\-]+(?:,[\w.\-]+)*")
 
@@ -41,7 +41,7 @@ def targets(
     Raises Mismatch with the endings that occur when nothing is hit.
     """
     with glance(model, "model") as folder:
-        entries = open_checkpoint(folder).entries
+        entries = opened(folder).entries
     weights = {n.removesuffix(".weight"): e for n, e in entries.items() if len(e.shape) > 1 or n.endswith(".weight")}
     rule = rule_of(target_modules) if target_modules is not None else ".*"
     chosen = Select(

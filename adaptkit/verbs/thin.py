@@ -16,6 +16,7 @@ from ..algebra.lowrank import Spectrum
 from ..engines import checks
 from ..errors import AdaptKitError, Mismatch, quoted
 from ..store.arrays import load, shape_of
+from ..store.hub import called
 from ..tuners.bdlora import BDLoRA
 from ..tuners.experts import ExpertLoRA
 from ..tuners.lora import LoRA
@@ -60,8 +61,8 @@ def check_numbers(adapter: Adapter) -> None:
 
 
 def named(adapter: Adapter) -> str | None:
-    """The name of an adapter's folder, for messages."""
-    return Path(adapter.meta["path"]).name if "path" in adapter.meta else None
+    """The name of an adapter's folder, or its id at the Hub, for messages."""
+    return called(Path(adapter.meta["path"])) if "path" in adapter.meta else None
 
 
 def sized(site: Site) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..engines.blocks import ELEMENTS, Survival, Tensor, Workspace, share
 from ..engines.local import expected, single_threaded_blas
-from ..engines.plan import Target
+from ..engines.plan import Plan, Target
 from ..errors import Corrupt, Mismatch, Usage, quoted, some
 from ..store.arrays import FLOATS, NUMPY, WORDS, working
 from ..store.checkpoint import Checkpoint, read_json, warn
@@ -19,6 +19,7 @@ from ..store.entry import Entry
 from ..store.safepaths import read_small
 from .inputs import Source, model_of
 from .merge import check_pickles, planned
+from .receipt import inputs_of, receipt_of, strangers
 
 STEPS = 2.0  # roundings that a sound merge by another program may be away from ours
 
@@ -29,6 +30,7 @@ class Verified:
 
     equal: tensors with the same bytes.   close: tensors within STEPS roundings.   wrong: names, each with what is wrong.
     compared: tensors looked at, of `tensors`.     lost: share of the update's norm that rounding ate.
+    others: files of the inputs whose sha256 is another than in the model's adaptkit.json.
     """
 
     ok: bool
@@ -38,6 +40,7 @@ class Verified:
     close: int
     wrong: dict[str, str] = field(default_factory=dict)
     lost: float = 0.0
+    others: list[str] = field(default_factory=list)
 
 
 def verify(
@@ -63,7 +66,7 @@ def verify(
     weights = weights or _said(found).get("weights")
     original = model_of(base, progress)
     plan = planned(original, adapters, weights=weights, dtype=_dtype(found, original), progress=progress)
-    result = Verified(True, len(plan.targets), 0, 0, 0)
+    result = Verified(True, len(plan.targets), 0, 0, 0, others=_others(found, plan))
     for name in plan_difference(plan.targets, found):
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"
     result.wrong |= _texts(plan.texts, found)
@@ -98,6 +101,12 @@ def _said(found: Checkpoint) -> dict:
         shown = ",".join(f"{w:g}" for w in weights)
         warn(f"compared with weights {shown}, as adaptkit.json says; --weights asks otherwise")
     return made
+
+
+def _others(found: Checkpoint, plan: Plan) -> list[str]:
+    """Inputs that are not the files which adaptkit.json names by their sha256."""
+    recorded = receipt_of(found.root).get("inputs")
+    return strangers(recorded, inputs_of(plan)) if isinstance(recorded, list) else []
 
 
 def _dtype(found: Checkpoint, base: Checkpoint) -> str | None:
@@ -243,6 +252,10 @@ def described(result: Verified) -> str:
     """The findings in a sentence."""
     if result.ok:
         close = f", {result.close} within {STEPS:g} roundings" if result.close else ""
-        return f"this is that merge: {result.equal} of {result.compared} tensors equal{close}"
+        return f"this is that merge: {result.equal} of {result.compared} tensors equal{close}{_aside(result)}"
     first = next(iter(result.wrong.items()))
-    return f"not that merge: {len(result.wrong)} of {result.tensors} tensors differ ({some(result.wrong)}); {first[0]} {first[1]}"
+    return f"not that merge: {len(result.wrong)} of {result.tensors} tensors differ ({some(result.wrong)}); {first[0]} {first[1]}{_aside(result)}"
+
+
+def _aside(result: Verified) -> str:
+    return f"; {some(result.others)}: other bytes than adaptkit.json names" if result.others else ""

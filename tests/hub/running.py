@@ -33,7 +33,7 @@ class Shell:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
         self.env |= {
             "HF_ENDPOINT": server.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITE,
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(home), "ADAPTKIT_NO_PLUGINS": "1", "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(home), "ADAPTKIT_NO_PLUGINS": "1", "OMP_NUM_THREADS": "1", "ADAPTKIT_RETRY_WAIT": "0.05",
             "NO_PROXY": "*", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }  # fmt: skip
 

@@ -39,7 +39,7 @@ def write(
 
     drop: kinds of parts to leave out.
     dtype: of the factors, as safetensors spells it; tensors replaced outright keep theirs.
-    how: overwrite, inputs, beside and made, as `save.folder` takes them.
+    how: overwrite, inputs, beside and said, as `save.folder` takes them.
     Raises Mismatch for what PEFT's format cannot hold, Usage when the folder is not empty.
     """
     adapter, notes = _kept(adapter, drop)
@@ -56,6 +56,8 @@ def write(
     if any(_is_bias(n, adapter) for n in adapter.whole):
         config["bias"] = adapter.about["bias"]
     config |= {"inference_mode": True, "task_type": adapter.about.get("task_type")}
+    if revision := adapter.about.get("revision"):
+        config["revision"] = revision
     folder(path, "adapter_model.safetensors", by_width(tensors), {"format": "pt"}, config, by="peft", **how)
     return notes
 

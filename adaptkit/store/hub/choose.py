@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ...errors import Corrupt, Mismatch, quoted, some
-from ..checkpoint import LARGEST_EXTRA, OTHER_ROUTES, SINGLE, TRAINING, belongs
+from ..checkpoint import LARGEST_EXTRA, LARGEST_JSON, OTHER_ROUTES, SINGLE, TRAINING, belongs
+from .ids import RECEIPT
 
 CONFIG = "adapter_config.json"
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -27,10 +28,12 @@ def chosen(sizes: Mapping[str, int], kind: str, read: Read) -> list[str]:
     model = "config.json" in sizes
     if kind == "adapter" and model and not adapter and weights(sizes, read):
         raise Mismatch("this is a model, not an adapter", hint="give the base model first, then the adapter")
+    receipt = [RECEIPT] if sizes.get(RECEIPT, LARGEST_JSON) < LARGEST_JSON else []  # verify reads it
     if adapter and (kind == "adapter" or not model):
-        return [*beside(sizes, read), *adapter]
-    found = weights(sizes, read)
-    return list(dict.fromkeys([*beside(sizes, read), *(adapter if kind == "any" else []), *found]))
+        return [*receipt, *beside(sizes, read), *adapter]
+    if not (found := weights(sizes, read)) and not adapter:
+        receipt = []
+    return list(dict.fromkeys([*receipt, *beside(sizes, read), *(adapter if kind == "any" else []), *found]))
 
 
 def weights(sizes: Mapping[str, int], read: Read) -> list[str]:

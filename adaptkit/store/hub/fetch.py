@@ -1,33 +1,30 @@
 """Bytes of the Hub: a repository at one commit, files that resume where they stopped, the first bytes of large ones.
 
 A file counts when its sha256 (git hash, for small files) is the one that the listing of that commit gives. The client's
-own downloads begin again after a kill and compare sizes only, so here it moves the bytes, and the file is ours.
+own downloads begin again after a kill and compare sizes only, so here its session asks for ranges, and the file is ours.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ...errors import Corrupt, Hub, quoted
+from ...errors import Corrupt, Hub, Unsafe, quoted
 from ..checkpoint import LARGEST_JSON
 from ..safepaths import plain
 from . import talk
-from .ids import SHA, Ref
+from .ids import SCHEME, SHA, Ref, ref_of
 
 Tick = Callable[[int], None]
 BLOCK = 1 << 20
-MOST = 50 * 10**9  # bytes of a file beyond which the client asks for another protocol
 FRUITLESS = 4  # tries in a row that brought no byte
-
-
-class Enough(Exception):
-    """The bytes that were wanted are here."""
+PATIENCE = 30.0  # seconds for the first answer
+ANEW = 4  # times that a file is begun again because its rest is refused
 
 
 @dataclass(frozen=True)
@@ -59,47 +56,47 @@ class Repo:
 
     def read(self, name: str) -> bytes:
         """The bytes of a small file, checked."""
-        import io
-
-        if self.files[name].size > LARGEST_JSON:
+        file = self.files[name]
+        if file.size > LARGEST_JSON:
             raise Corrupt(f"larger than {LARGEST_JSON:,} bytes", where=name)
-        sink = _Sink(io.BytesIO(), self.files[name].size, lambda n: None)
-        with talk.talking(self.ref, self.token):
-            talk.retried(lambda: self._again(name, sink))
-        raw = sink.file.getvalue()
-        talk.checked_hash(name, _hasher(self.files[name], lambda h: h.update(raw)), self.files[name].digest)
+        raw = self.head(name, file.size + 1)
+        talk.checked_hash(name, _hasher(file, lambda h: h.update(raw)), file.digest)
         return raw
 
-    def _again(self, name: str, sink: _Sink) -> None:
-        sink.seek(0)
-        sink.truncate()
-        self.get(name, sink)
-
-    def get(self, name: str, sink: Any, resume: int = 0, extra: dict[str, str] | None = None) -> None:
-        """Let the client write a file from position `resume` on into a file-like object."""
-        from huggingface_hub.file_download import http_get
-
-        heads, size = {**talk.headers(self.token), **(extra or {})}, self.files[name].size
-        known = None if extra or size > MOST else size
-        http_get(self.url(name), sink, resume_size=resume, headers=heads, expected_size=known)
-
     def head(self, name: str, count: int) -> bytes:
-        """The first bytes of a file, by a range request."""
-        import io
-
-        count = min(count, self.files[name].size)
+        """The first bytes of a file, by a range request; all that there are when it is shorter."""
+        wanted = min(count, self.files[name].size)
 
         def ask() -> bytes:
-            sink = _Sink(io.BytesIO(), count, lambda n: None, stop=True)
-            with suppress(Enough):
-                self.get(name, sink, extra={"Range": f"bytes=0-{count - 1}"})
-            return sink.file.getvalue()
+            raw = bytearray()
+            with closing(self.stream(name, 0, count)) as blocks:
+                for block in blocks:
+                    raw += block
+                    if len(raw) >= count:
+                        break
+            if len(raw) < wanted:
+                raise talk.Short
+            return bytes(raw[:count])
 
         with talk.talking(self.ref, self.token):
-            raw = talk.retried(ask)
-        if len(raw) < count:
-            raise Hub(f"gave {len(raw):,} bytes of {count:,} that were asked for", where=name)
-        return raw[:count]
+            return talk.retried(ask) if wanted else b""
+
+    def stream(self, name: str, first: int = 0, last: int | None = None) -> Iterator[bytes]:
+        """The bytes of a file from `first` on. A server that ignores ranges sends all, `last` and more too."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import hf_raise_for_status
+
+        heads = talk.headers(self.token)
+        if first or last is not None:
+            heads["Range"] = f"bytes={first}-{'' if last is None else last - 1}"
+        how = {"headers": heads, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        with get_session().stream("GET", self.url(name), **how) as response:
+            hf_raise_for_status(response)
+            skip = first if response.status_code == 200 else 0
+            for block in response.iter_bytes():
+                if kept := block[skip:]:
+                    yield kept
+                skip = max(0, skip - len(block))
 
 
 def repo_at(ref: Ref, token: str | bool | None = None) -> Repo:
@@ -108,13 +105,26 @@ def repo_at(ref: Ref, token: str | bool | None = None) -> Repo:
 
     client = talk.api(token)
     with talk.talking(ref, token):
-        info = talk.retried(lambda: client.model_info(ref.id, revision=ref.revision))
+        info = talk.retried(lambda: client.model_info(ref.id, revision=ref.revision, timeout=PATIENCE))
         if not SHA.fullmatch(str(info.sha)):
             raise Hub(f"says it is at {quoted(info.sha)!r}, which is not a commit", where=f"hub: {ref}")
-        ref = Ref(info.id or ref.id, ref.revision, ref.sub)
+        renamed = ref_of(SCHEME + str(info.id or ref.id))
+        if renamed is None or renamed.sub or renamed.revision:
+            raise Hub(f"calls itself {quoted(info.id)!r}, which is not an id", where=f"hub: {ref}")
+        ref = Ref(renamed.id, ref.revision, ref.sub)
         listed = talk.retried(lambda: list(client.list_repo_tree(ref.id, recursive=True, revision=info.sha)))
-        files = {plain(f.path): _file(f) for f in listed if isinstance(f, RepoFile)}
+        files = {f.path: _file(f) for f in listed if isinstance(f, RepoFile) and _may_be_kept(f.path)}
     return Repo(ref, info.sha, files, token)
+
+
+def _may_be_kept(name: str) -> bool:
+    """Whether every file system takes a name; what none here asks for may be called as it likes. Raises Unsafe if it leaves."""
+    try:
+        return bool(plain(name))
+    except Unsafe:
+        if ".." in name.replace("\\", "/").split("/") or name.startswith(("/", "\\")):
+            raise
+        return False
 
 
 def _file(listed: Any) -> File:
@@ -154,61 +164,42 @@ def _grow(repo: Repo, name: str, part: Path, tick: Tick) -> None:
     """Add to `part` until it has its size."""
     size, fruitless, anew = repo.files[name].size, 0, 0
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "r+b" if part.exists() else "x+b", buffering=0) as file:
-        have = file.seek(0, os.SEEK_END)
-        tick(have)
-        while have != size:
-            before = have
+    with open(part, "ab", buffering=0) as file:
+        tick(_length(file))
+        while (have := _length(file)) < size:
             try:
-                repo.get(name, _Sink(file, size, tick), resume=have)
+                _append(repo, name, file, tick)
             except Exception as e:
-                have = file.seek(0, os.SEEK_END)
-                fruitless = 0 if have > before else fruitless + 1
-                refused = talk.status_of(e) == 416 or have > size
-                if not (talk.passing(e) or refused) or fruitless >= FRUITLESS or anew >= FRUITLESS:
+                fruitless = 0 if _length(file) > have else fruitless + 1
+                refused = have and talk.status_of(e) == 416  # what is here is not the beginning of what is there
+                if not (talk.passing(e) or refused) or fruitless >= FRUITLESS or anew >= ANEW:
                     raise
-                if refused:  # what is here is not the beginning of what is there
-                    anew, have = anew + 1, _emptied(file, tick)
-                if fruitless:
-                    talk.pause(e, fruitless)
-                continue
-            have = file.seek(0, os.SEEK_END)
+                if refused:
+                    tick(-have)
+                    file.truncate(0)
+                    anew += 1
+                elif fruitless:
+                    talk.pause(e, fruitless - 1)
 
 
-def _emptied(file: Any, tick: Tick) -> int:
-    tick(-file.seek(0, os.SEEK_END))
-    file.truncate(0)
-    return file.seek(0)
+def _append(repo: Repo, name: str, file: BinaryIO, tick: Tick) -> None:
+    """Add what comes. Raises Short when that ends too soon, Hub when it does not end."""
+    size, have = repo.files[name].size, _length(file)
+    with closing(repo.stream(name, have)) as blocks:
+        for block in blocks:
+            if len(block) > size - have:
+                raise Hub(f"sends more than the {size:,} bytes that it lists")
+            rest = memoryview(block)
+            while rest:
+                rest = rest[file.write(rest) :]
+            have += len(block)
+            tick(len(block))
+    if have < size:
+        raise talk.Short
 
 
-class _Sink:
-    """The file-like object that the client writes to: counts, and takes no more than was promised."""
-
-    def __init__(self, file: Any, size: int, tick: Tick, stop: bool = False):
-        self.file, self.size, self.tick, self.stop = file, size, tick, stop
-
-    def write(self, data: bytes) -> int:
-        room = self.size - self.file.tell()
-        if len(data) > room and not self.stop:
-            raise Hub(f"sends more than the {self.size:,} bytes that it lists")
-        view = memoryview(data)[:room]
-        while view.nbytes:
-            done = self.file.write(view)
-            self.tick(done)
-            view = view[done:]
-        if self.stop and self.file.tell() >= self.size:
-            raise Enough
-        return len(data)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seek(self, at: int) -> int:
-        return self.file.seek(at)
-
-    def truncate(self) -> int:
-        self.tick(self.file.tell() - self.file.seek(0, os.SEEK_END))
-        return self.file.truncate(0)
+def _length(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def digest_of(path: Path, like: File) -> str:

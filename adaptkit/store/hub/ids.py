@@ -37,7 +37,7 @@ def ref_of(text: str, *, bare: bool = False) -> Ref | None:
     explicit = text.startswith(SCHEME)
     head, at, revision = text.removeprefix(SCHEME).partition("@")
     parts = head.split("/")
-    if not all(map(_is_part, parts)) or (at and not _is_revision(revision)):
+    if not all(map(_is_part, parts)) or (at and not is_revision(revision)):
         return None
     if len(parts) == 1 and not (bare or explicit):
         return None
@@ -58,7 +58,8 @@ def _is_part(part: str) -> bool:
     return bool(PART.fullmatch(part)) and len(part) <= 96 and ".." not in part and "--" not in part
 
 
-def _is_revision(text: str) -> bool:
+def is_revision(text: str) -> bool:
+    """Whether a text may name a branch, a tag, a commit or a pull request, and no path out of a folder."""
     return bool(REVISION.fullmatch(text)) and ".." not in text and not text.startswith(("/", "-"))
 
 

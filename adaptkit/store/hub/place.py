@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import Hub, Mismatch, System
+from ...errors import Hub, Mismatch, System, Usage, quoted
 from .. import disk
 from . import talk
 from .choose import CONFIG, below, chosen, folders_with
 from .crew import Crew
 from .fetch import Repo, download, repo_at
-from .ids import SHA, Ref, ref_of
+from .ids import SHA, Ref, is_revision, ref_of
 
 Progress = Callable[[int, int], None]
 AT_ONCE = 4  # files
@@ -44,10 +44,12 @@ def place(
     ref = ref_of(source, bare=bare)
     if ref is None:
         return Path(source, sub)
+    if revision is not None and not is_revision(revision):
+        raise Usage(f"{quoted(revision)!r} is no revision", where="revision", hint="give a branch, a tag or a commit")
     ref = Ref(ref.id, revision or ref.revision, "/".join(filter(None, (ref.sub, sub))))
     folder = Path(cache_dir) if cache_dir else talk.cache()
     if local_files_only or talk.offline():
-        return cached(ref, kind, folder)
+        return cached(ref, kind, folder, "local_files_only" if local_files_only else talk.OFFLINE)
     return fetched(repo_at(ref, token), kind, folder, progress)
 
 
@@ -57,7 +59,9 @@ def wanted(repo: Repo, kind: str) -> list[str]:
     if not known:
         raise Hub(f"has no folder {sub!r}", where=f"hub: {repo.ref.id}", hint=_elsewhere(repo))
     if sub in repo.files:
-        return [sub]
+        top = sub.rpartition("/")[0]
+        settings = [f"{top}/{n}".lstrip("/") for n in (CONFIG, "config.json")]
+        return [*[n for n in settings if n in repo.files][:1], sub]
     if CONFIG not in known and "config.json" not in known and (hint := _elsewhere(repo)):
         raise Hub("holds neither a model nor an adapter at its top", where=f"hub: {repo.ref}", hint=hint)
     path = f"{sub}/" if sub else ""
@@ -113,6 +117,8 @@ def many(
             progress.label(f"fetching {repo.ref}")
         for job in [crew.begin(one, name, tick) for name in names]:
             job.result()
+        if progress and hasattr(progress, "label"):
+            progress.label(None)
 
 
 def _into_cache(repo: Repo, name: str, cache_dir: Path, store: Path, tick: Callable[[int], None]) -> None:
@@ -170,14 +176,14 @@ def alone(lock: Path) -> Iterator[None]:
         os.close(fd)  # the file stays: deleting it would let in a third while a second waits
 
 
-def cached(ref: Ref, kind: str, cache_dir: Path) -> Path:
-    """The snapshot that is in the cache already. Raises Hub when it lacks something."""
+def cached(ref: Ref, kind: str, cache_dir: Path, rule: str = talk.OFFLINE) -> Path:
+    """The snapshot that is in the cache already. rule: what forbids to ask the Hub. Raises Hub when it lacks something."""
     store = cache_dir / f"models--{ref.id.replace('/', '--')}"
     revision = ref.revision or "main"
     noted = store / "refs" / revision
     sha = noted.read_text().strip() if noted.is_file() else revision
     top = store / "snapshots" / sha
-    where, why = f"hub: {ref}", "and HF_HUB_OFFLINE is set"
+    where, why = f"hub: {ref}", f"and {rule} is set"
     if not SHA.fullmatch(sha) or not top.is_dir():
         raise Hub(
             f"is not in the cache, {why}", where=where, hint="unset it, or run `adaptkit pull` where there is a network"
