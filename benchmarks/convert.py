@@ -1,4 +1,4 @@
-"""Another container for a 1.2-billion model: copying, AdaptKit both ways, and torch with safetensors.
+"""Another container for a 1.2-billion model: copying, AdaptKit both ways, and torch with safetensors; and its adapter.
 
 python benchmarks/convert.py [--rounds 3] [--layers 16] [--no-peers]
 """
@@ -48,13 +48,15 @@ def main() -> None:
     words.add_argument("--no-peers", action="store_true", help="only cp and AdaptKit")
     options = words.parse_args()
     folder = shape.scratch()
-    base, _ = made(folder, options.layers)
+    base, adapter = made(folder, options.layers)
     pickled = folder / f"bin-{options.layers}"
     if not pickled.exists():
         subprocess.run([sys.executable, "-c", SAVE, str(base), str(pickled)], check=True)
     out = folder / "out"
     found = rounds(commands(base, pickled, out, not options.no_peers), options.rounds, lambda: clean(out, pickled))
     print(f"{machine()}\n\n{table(found, 'cp -r')}")
+    found = rounds(of_adapter(adapter, out), options.rounds, lambda: clean(out, adapter))
+    print(f"\nThe adapter, beyond the interpreter's start:\n\n{table(found, 'python -c pass')}")
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -79,6 +81,14 @@ def commands(base: Path, pickled: Path, out: Path, peers: bool) -> dict[str, lis
     return found
 
 
+def of_adapter(adapter: Path, out: Path) -> dict[str, list[str]]:
+    """A LoRA of rank 16 on all linear layers, into two formats."""
+    convert = [sys.executable, "-m", "adaptkit", "convert", str(adapter), "-o", str(out), "--quiet", "--to"]
+    found = {f"adaptkit convert --to {name}": [*convert, name] for name in ("peft", "mlx")}
+    return {"python -c pass": [sys.executable, "-c", "pass"], **found}
+
+
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     main()

@@ -94,3 +94,13 @@ def test_an_adapter_of_any_format_merges(case: str, tmp_path: Path):
 
     a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("expected", "found"))
     assert a == b
+
+
+def test_gguf_becomes_an_onnx_adapter_though_only_one_needs_the_base(tmp_path: Path):
+    """The heads that GGUF's order needs are in config.json; a folder without an ONNX model gives Olive's names."""
+    base = FORMATS / "bases" / "llama"
+    adapter = read(sample("gguf", "lora-f32"), base=base)
+    notes = write(adapter, tmp_path / "x.onnx_adapter", "onnx_adapter", base=base)
+
+    assert ("kept", "names") in {(n.what, n.where) for n in notes}
+    assert apart(adapter, read(tmp_path / "x.onnx_adapter")) <= 1

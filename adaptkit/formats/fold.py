@@ -25,7 +25,7 @@ from ..store.entry import Entry
 from .base import Note
 
 WORDS = {  # kinds of parts, as people call them
-    "whole": "tensors that are replaced outright (modules_to_save)",
+    "whole": "tensors replaced outright, as of modules_to_save",
     "bias": "trained biases",
     "tokens": "trained token rows",
     "embedding": "LoRA on embeddings",
@@ -204,16 +204,19 @@ def chosen(
             lacking["whole"] = list(adapter.whole)
         notes += [Note("dropped", n, f"{name} cannot hold {WORDS['whole']}") for n in adapter.whole]
     if lacking:
-        raise _cannot(name, lacking)
+        raise _cannot(name, lacking, left=bool(sites or whole))
     if not sites and not whole:
         raise Mismatch(f"nothing is left to write: {name} holds none of what this adapter has")
     return sites, whole, notes
 
 
-def _cannot(name: str, lacking: Mapping[str, list[str]]) -> Mismatch:
+def _cannot(name: str, lacking: Mapping[str, list[str]], left: bool) -> Mismatch:
+    """The refusal; left: whether anything would be left to write without the parts that are lacking."""
     text = " or ".join(f"{WORDS.get(k, k)} ({some(where)})" for k, where in sorted(lacking.items()))
-    droppable = ",".join(sorted(lacking))
-    return Mismatch(f"{name} cannot hold {text}", hint=f"--drop {droppable} leaves them out")
+    hint = None if name == "peft" else "--to peft holds them"
+    if left:
+        hint = f"--drop {','.join(sorted(lacking))} leaves them out"
+    return Mismatch(f"{name} cannot hold {text}", hint=hint)
 
 
 def finite(where: str, parts: Mapping[str, Any]) -> None:

@@ -38,6 +38,8 @@ def _check_name(path: Path) -> None:
     if "\0" in str(path):
         raise Usage("the name has a NUL character", where=path)
     name = Path(os.path.abspath(path)).name
+    if not name:
+        raise Usage("is the root of the file system", where=path, hint="name a folder inside it")
     if name.endswith(ENDING):
         raise Usage(f"names that end in {ENDING} are for unfinished output", where=path, hint="choose another name")
     longest = max(len(os.fsencode(part)) for part in (name + ENDING, *path.parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,12 +30,13 @@ from ..store.destination import checked
 from ..store.hub import called, place
 from ..store.output import Output
 from ..store.shards import open_shards
-from .detect import ADAPTERS, SHARDED, WHOLE, detect, strange
+from .detect import ADAPTERS, ENDINGS, SHARDED, UNKNOWN, WHOLE, container, detect, strange
 from .inputs import dtype_of, size_of
 from .merge import _Counter, as_text, check_pickles, write_text
 from .receipt import about
 
 Progress = Callable[[int, int], None]
+ENDS = tuple(end for ends in ENDINGS.values() for end in ends)
 
 
 @dataclass
@@ -170,12 +172,27 @@ def opened(path: Path, kind: str) -> Checkpoint:
     """Whatever holds tensors, as a checkpoint: a model, shards, or an adapter's folder."""
     if kind in SHARDED:
         return open_shards(path)
-    if path.is_dir() and (held := [path / n for n in ADAPTERS if (path / n).is_file()]) and kind not in WHOLE:
-        entries, metadata = read_weights(held[0])
-        return Checkpoint(path, path, entries, [held[0]], {held[0].name: metadata})
+    if kind not in WHOLE:
+        file = _only_file(path, kind)
+        entries, metadata = read_weights(file)
+        return Checkpoint(path, file.parent, entries, [file], {file.name: metadata})
     if path.is_file() and path.parent.is_dir() and path in dcp_safetensors.files(path.parent):
         raise Usage("holds slices of tensors, as other files beside it", where=path, hint="give the folder")
     return open_checkpoint(path)
+
+
+def _only_file(path: Path, kind: str) -> Path:
+    """The file with the tensors of an adapter. Raises Usage for a format that has a container of its own."""
+    if path.is_file() and container(path):
+        return path
+    if path.is_dir():
+        held = [path / n for n in ADAPTERS if (path / n).is_file()]
+        found = held[:1] or [p for p in sorted(path.iterdir()) if p.name.endswith(ENDS) and p.is_file()]
+        if len(found) == 1:
+            return found[0]
+    text = f"is an adapter ({kind}), --to safetensors and pytorch copy tensors that lie in one file of either kind"
+    hint = "choose an adapter's format with --to" + (", or give one of its files" if path.is_dir() else "")
+    raise Usage(text, where=path, hint=hint)
 
 
 def _inside(checkpoint: Checkpoint) -> list[Note]:
@@ -240,6 +257,8 @@ def _adapter(wish: _Wish) -> Converted:
     done = Converted(wish.output, wish.source_format, wish.to, len(adapter.sites), tensors, notes)
     _place(wish)
     if wish.dry_run:
+        more, done.bytes = _rehearsed(adapter, wish)
+        done.notes += more
         done.written = False
         return done
     done.notes += _written(adapter, wish)
@@ -251,23 +270,32 @@ def _adapter(wish: _Wish) -> Converted:
 def _read(wish: _Wish) -> tuple[Adapter, list[Note]]:
     """The adapter, and what was left of the source."""
     if wish.source_format not in (*WHOLE, *SHARDED):
+        if wish.config and wish.source_format == "peft":
+            return _peft().settled(wish.source, _settings_in(wish.config)), []
+        if wish.config:
+            raise Usage(f"is for adapters under PEFT's names, this one is {wish.source_format}", where="--config")
         return read_adapter(wish.source, wish.source_format, base=wish.base), []
     checkpoint = opened(wish.source, wish.source_format)
-    if not _peft().adapted(checkpoint.entries):
-        if odd := strange(checkpoint.entries):
-            text = f"holds an adapter that no installed format reads ({some(odd, 1)})"
-            raise Mismatch(text, where=wish.source, hint="say what it is with --from, if one of adaptkit plugins fits")
-        hint = (
-            "--to safetensors or pytorch converts models"
-            if checkpoint.shards
-            else "adaptkit extract makes an adapter of one"
-        )
-        raise Usage("this is a model, not an adapter", where=wish.source, hint=hint)
+    _of_peft(checkpoint, wish)
     adapter, left = _peft().taken(checkpoint, _settings(wish, checkpoint))
     notes = [Note("dropped", wish.source.name, text) for text in checkpoint.notes]
     if left:
         notes.append(Note("dropped", wish.source.name, f"{len(left)} tensors of the base model ({some(left)})"))
     return adapter, notes
+
+
+def _of_peft(checkpoint: Checkpoint, wish: _Wish) -> None:
+    """Raises Mismatch for an adapter of another program, Usage for a model."""
+    mine = _peft().adapted(checkpoint.entries)
+    program, odd = strange(checkpoint.entries)
+    if program and not (mine and (checkpoint.shards or wish.config or program == UNKNOWN)):
+        text = f"holds an adapter of {program}, which no installed format reads ({some(odd, 1)})"
+        hint = "say what it is with --from, if one of adaptkit plugins fits"
+        raise Mismatch(text, where=wish.source, hint=hint)
+    if not mine:
+        extract = "adaptkit extract makes an adapter of one"
+        hint = "--to safetensors or pytorch converts models" if checkpoint.shards else extract
+        raise Usage("this is a model, not an adapter", where=wish.source, hint=hint)
 
 
 def _peft() -> Any:
@@ -276,11 +304,11 @@ def _peft() -> Any:
 
 
 def _settings(wish: _Wish, checkpoint: Checkpoint) -> Path:
-    folders = [wish.config, checkpoint.root, wish.source if wish.source.is_dir() else None, wish.base]
-    for spot in folders:
-        file = spot / "adapter_config.json" if spot is not None and spot.is_dir() else spot
-        if file is not None and file.name.endswith(".json") and file.is_file():
-            return file
+    if wish.config:
+        return _settings_in(wish.config)
+    for folder in (checkpoint.root, wish.source, wish.base):
+        if folder is not None and (folder / "adapter_config.json").is_file():
+            return folder / "adapter_config.json"
     raise Usage(
         "holds an adapter, but no adapter_config.json lies beside it, and without that its scale is unknown",
         where=wish.source,
@@ -288,25 +316,46 @@ def _settings(wish: _Wish, checkpoint: Checkpoint) -> Path:
     )
 
 
+def _settings_in(path: Path) -> Path:
+    """The file itself, or the one in a folder."""
+    file = path / "adapter_config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise Usage("holds no adapter_config.json", where="--config")
+    return file
+
+
 def _place(wish: _Wish) -> None:
     """Where an adapter may be written: raises Usage before anything is."""
     suffix = registry.load("formats", wish.to).suffix
     if suffix and not wish.output.name.endswith(suffix):
         raise Usage(f"{wish.to} is one file", where=wish.output, hint=f"call it {wish.output.name}{suffix}")
+    inputs = [given for given in (wish.source, wish.base, wish.config) if given is not None]
     if not suffix:
-        checked(wish.output, [wish.source], wish.overwrite)
+        checked(wish.output, inputs, wish.overwrite)
     elif wish.output.is_dir():
         raise Usage("is a folder", where=wish.output, hint=f"{wish.to} is one file: choose another name")
     elif wish.output.exists():
-        if wish.output.samefile(wish.source):
-            raise Usage("is also the input", where=wish.output, hint="choose another output")
+        home = wish.output.resolve()
+        if mine := next((given for given in inputs if given.resolve() in (home, *home.parents)), None):
+            raise Usage(f"belongs to the input {quoted(mine)}", where=wish.output, hint="choose another output")
         if not wish.overwrite:
             raise Usage("exists", where=wish.output, hint="choose another output or use --overwrite")
 
 
+def _rehearsed(adapter: Adapter, wish: _Wish) -> tuple[list[Note], int]:
+    """What writing would say, and how many bytes it would write: only the writer knows, so it writes for nobody."""
+    with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder:
+        spot = Path(folder) / wish.output.name
+        return write_adapter(adapter, spot, wish.to, **_how(wish)), _size(spot)
+
+
+def _how(wish: _Wish) -> dict[str, Any]:
+    return {"base": wish.base, "drop": () if wish.server else wish.drop}
+
+
 def _written(adapter: Adapter, wish: _Wish) -> list[Note]:
     """Write, beside the old output where there is one, and swap the two at the end."""
-    options: dict[str, Any] = {"base": wish.base, "drop": () if wish.server else wish.drop}
+    options = _how(wish)
     if not wish.overwrite or not wish.output.exists():
         return write_adapter(adapter, wish.output, wish.to, **options)
     fresh = wish.output.with_name(f"{wish.output.stem}.new{wish.output.suffix}")

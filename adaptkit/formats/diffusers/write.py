@@ -42,7 +42,8 @@ def write(adapter: Adapter, path: Path, drop: Collection[str] = ()) -> list[Note
 def _of_a_pipeline(sites: Mapping[str, Site]) -> None:
     homes = {component(p) for p in sites}
     if strange := [p for p in sites if not component(p) and not p.startswith(BODIES)]:
-        raise Mismatch(f"{some(strange)} {'is' if len(strange) == 1 else 'are'} no module of a pipeline of diffusers")
+        text = f"{some(strange)} {'is' if len(strange) == 1 else 'are'} no module of a pipeline of diffusers"
+        raise Mismatch(text, hint="it is for models of images; --to peft holds any module")
     if "" in homes and len(homes) > 1:
         raise Mismatch("some modules name their component (unet, text_encoder), others do not")
     if raw := [p for p in sites if ".joint_blocks." in p]:

@@ -61,7 +61,8 @@ def _grouped(sites: dict[str, Site], where: dict[str, Home]) -> dict[str, tuple[
         groups.setdefault(where[home].prefix + name, (place, {}))[1][index] = (path, site)
     if lost:
         raise Mismatch(
-            f"{some(lost)} {'is' if len(lost) == 1 else 'are'} no module of the model that kohya's names are for"
+            f"{some(lost)} {'is' if len(lost) == 1 else 'are'} no module of the model that kohya's names are for",
+            hint="kohya's files are for SD 1, SD 2, SDXL, SD 3 and FLUX; --to peft holds any module",
         )
     return groups
 

@@ -40,7 +40,8 @@ def write(adapter: Adapter, path: Path, drop: Collection[str] = ()) -> list[Note
 
 def _fit(sites: Mapping[str, Site]) -> None:
     if images := [p for p in sites if p.startswith(IMAGES)]:
-        raise Mismatch(f"mlx-lm runs language models, {some(images)} {'is' if len(images) == 1 else 'are'} of another")
+        text = f"mlx-lm runs language models, {some(images)} {'is' if len(images) == 1 else 'are'} of another"
+        raise Mismatch(text, hint="--to diffusers or kohya")
     if len(names := {s.tuner.name for s in sites.values()}) > 1:
         raise Mismatch("mlx holds LoRA or DoRA for all modules, this adapter has both", hint="write them apart")
     for path, site in sites.items():

@@ -27,7 +27,11 @@ class Peft(Format):
     """PEFT: adapter_config.json beside adapter_model.safetensors or .bin."""
 
     name = "peft"
-    cannot = ("tuners of two kinds in one folder", "another dropout for each module")
+    cannot = (
+        "tuners of two kinds in one folder",
+        "another dropout for each module",
+        "KaSA and BD-LoRA, which are only read",
+    )
 
     def sniff(self, path: Path) -> bool:
         if path.is_file():
@@ -46,11 +50,17 @@ class Peft(Format):
         return state.taken(checkpoint, settings)
 
     def read(self, path: Path, *, base: Path | None = None) -> Adapter:
+        return self.settled(path)
+
+    def settled(self, path: Path, settings: Path | None = None) -> Adapter:
+        """The adapter at a path, with the settings in another file than the one beside it. Raises what reading does."""
         path = _inner(path)
         folder = path if path.is_dir() else path.parent
-        if not (folder / CONFIG).exists():
-            raise Corrupt("not found", where=CONFIG, hint="without it the scale of the update is unknown")
-        config = read_config(folder / CONFIG)
+        settings = settings or folder / CONFIG
+        if not settings.exists():
+            hint = "put it beside the weights, or give adaptkit convert --config"
+            raise Corrupt("not found, and without it the scale of the update is unknown", where=CONFIG, hint=hint)
+        config = read_config(settings)
         file = path if path.is_file() else _weights(folder)
         entries, metadata = read_weights(file)
         if file.suffix != ".safetensors":

@@ -152,7 +152,8 @@ def from_config(base):
         heads = int(config.get("num_attention_heads") or config["n_head"])
         kv = int(config.get("num_key_value_heads") or heads)
     except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise AdaptKitError(f"config.json cannot be read ({e})", where=base) from None
+        why = getattr(e, "strerror", None) or e
+        raise AdaptKitError(f"config.json cannot be read ({why})", where=base) from None
     except KeyError as e:
         raise AdaptKitError(
             f"{e} is not there, or no model whose GGUF is known here", where=base, hint=known()

@@ -71,6 +71,9 @@ class OnnxAdapter(Format):
         for place, site in folded.items():
             for letter in "AB":
                 tensors[f"{place}.lora_{letter}.weight"] = turned(site.params[letter], f"{place}.{letter}")
+        if base is not None and of_transformers(Path(base)):
+            notes.append(Note("kept", "names", "as Olive writes them: --base holds no ONNX model"))
+            base = None
         save(path, tensors if base is None else renamed(tensors, base), adapter.meta)
         return notes
 
@@ -180,6 +183,11 @@ def model_inputs(base):
         raise AdaptKitError(f"cannot be opened as an ONNX model ({first_line(e)})", where=base) from None
     found = [*session.get_inputs(), *session.get_overridable_initializers()]
     return {i.name: (list(i.shape), i.type) for i in found}
+
+
+def of_transformers(base):
+    """Whether the base is a model that is not in ONNX, given for the format that is read."""
+    return (base / "config.json").is_file() and not any(base.glob("*.onnx"))
 
 
 def graph(base):
