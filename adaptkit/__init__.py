@@ -13,7 +13,7 @@ HOMES = {
     "merge": "verbs.merge", "unmerge": "verbs.unmerge", "verify": "verbs.verify", "inspect": "verbs.inspect",
     "extract": "verbs.extract",
     "combine": "verbs.combine", "resize": "verbs.resize",
-    "convert": "verbs.convert",
+    "convert": "verbs.convert", "export_onnx": "verbs.export_onnx",
     "attach": "live.attach", "detach": "live.attach", "write": "formats.base", "live": "live",
     "pull": "verbs.pull", "push": "verbs.push", "targets": "verbs.targets", "plan": "verbs.plan", "plugins": "verbs.plugins",
 }  # fmt: skip

@@ -23,7 +23,7 @@ COMMAND_ONLY = {  # what a command has and its verb has not
 }
 VERB_ONLY = {  # what a verb has and its command has not
     "progress": "the command draws the bar",
-    "dry_run": "the option of convert; that of merge is the verb `plan`",
+    "dry_run": "the option of convert and export-onnx; that of merge is the verb `plan`",
 }
 OTHER_WORD = {"adapter": "adapters", "from": "from_", "for": "for_"}  # given once for each; words that Python keeps
 PYTHON_ONLY = {"plan"}  # verbs without a command: `merge --dry-run`

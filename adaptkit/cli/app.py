@@ -25,6 +25,7 @@ COMMANDS = {
     "combine": "Combine several adapters into one.",
     "resize": "Give a LoRA another rank, keeping as much of its update as possible.",
     "convert": "Convert an adapter or a whole checkpoint into another format.",
+    "export-onnx": "Export a model as ONNX graphs, with adapters merged into it on the way.",
     "inspect": "Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.",
     "targets": "Show which modules of a model a selection hits.",
     "pull": "Pull a model or an adapter from the Hub: config, one kind of weights and tokenizer.",

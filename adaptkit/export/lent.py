@@ -1,0 +1,73 @@
+"""A live module, lent for an export: put into its running state, adapters merged, and given back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .. import live
+from ..adapter import Adapter
+from ..errors import Mismatch, Usage, some
+from ..live.tokens import standing
+
+NAME = "adaptkit_export_{}"
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """The settings of a live model. Raises Usage for what is none."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise Usage(f"a {type(model).__name__} is not a model of transformers", where="MODEL", hint="give a folder")
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    return config
+
+
+def dtype_of(model: nn.Module, asked: str | None) -> str:
+    """The dtype of a live model. Raises Usage when another one was asked for."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        raise Mismatch(f"the model's numbers are of several kinds ({', '.join(sorted(dtypes))})", hint="cast it to one")
+    found = dtypes.pop()
+    if asked and asked != found:
+        raise Usage(
+            f"the live model is {found}, not {asked}", where="--dtype", hint="cast the model, or export its folder"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def lent(model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float] | None) -> Iterator[nn.Module]:
+    """The model as it runs, with what stands on it and these adapters merged; afterwards as it was, bit for bit.
+
+    Raises Mismatch for weights other than 1, virtual tokens, or an adapter that does not fit.
+    """
+    if any(w != 1 for w in weights or ()):
+        raise Mismatch("a live model takes adapters whole", where="--weights", hint="export its folder")
+    if (here := standing(model)) is not None and here.active:
+        raise Mismatch("virtual tokens are active on the model, which no weight holds", hint="detach them")
+    if merged := [p for p, m in live.adapted_modules(model).items() if m.merged_adapters]:
+        raise Mismatch(f"an adapter is merged into {some(merged)} at the moment", hint="unmerge it first, or absorb it")
+    training = {m: m.training for m in model.modules()}
+    put: list[str] = []
+    mixed = False
+    try:
+        for i, adapter in enumerate(adapters):
+            live.attach(model, adapter, name=NAME.format(i))
+            put.append(NAME.format(i))
+        mixed = bool(live.attached(model)) and bool(live.merge(model, keep=True))
+        model.eval()
+        yield model
+    finally:
+        _give_back(model, put, mixed)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _give_back(model: nn.Module, put: list[str], merged: bool) -> None:
+    if merged:
+        live.unmerge(model)
+    for name in reversed(put):
+        live.detach(model, name)

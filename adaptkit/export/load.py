@@ -1,0 +1,82 @@
+"""A model folder as a live module: no code of strangers, and no number that the folder does not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdaptKitError, Corrupt, Mismatch, quoted, some
+from .task import Task
+from .trace import quiet
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UNUSED = ("pooler.",)  # heads of an encoder that its features can do without
+
+
+def load(folder: Path, task: Task, dtype: str) -> nn.Module:
+    """The model of a folder, for a task, ready to run. Numbers stay in the mapped file where their dtype is theirs.
+
+    Raises Mismatch when no class of transformers fits, or the folder lacks tensors of the task's head.
+    """
+    import transformers
+
+    auto = getattr(transformers, task.auto)
+    try:
+        with quiet(), torch.no_grad():
+            model, info = auto.from_pretrained(
+                folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except AdaptKitError:
+        raise
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as e:
+        raise Mismatch(f"transformers does not load it for {task.name}: {_line(e)}", where=folder) from e
+    _whole(model, info, folder, task)
+    return model.eval().requires_grad_(False)
+
+
+def _whole(model: nn.Module, info: dict[str, Any], folder: Path, task: Task) -> None:
+    """Raises Mismatch for numbers that would be made up."""
+    missing = sorted(map(str, info.get("missing_keys", ())))
+    if task.name == "feature-extraction":
+        poolers = [k for k in missing if any(k.startswith(p) or f".{p}" in k for p in UNUSED)]
+        missing = [k for k in missing if k not in poolers]
+        if poolers:
+            model.adaptkit_without = ("pooler_output",)
+    if missing:
+        hint = "is it trained for another task? choose it with --task"
+        raise Mismatch(f"holds no {some(missing)}, which {task.name} needs", where=folder, hint=hint)
+    if wrong := info.get("mismatched_keys"):
+        raise Corrupt(
+            f"tensors differ from config.json in shape: {some(sorted(str(k[0]) for k in wrong))}", where=folder
+        )
+
+
+def unload(model: nn.Module) -> None:
+    """Let the numbers of a model that `load` made go; nobody may read them again.
+
+    Deleting the model is not enough: the exporters' caches keep some of what they saw, and with it the mapped file.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        _forgotten(tensor)
+        tensor.data = tensor.new_empty(0)
+
+
+def _forgotten(tensor: Tensor) -> None:
+    """Give the pages that lie wholly inside a tensor back to the system, while it still owns them."""
+    start, page = tensor.data_ptr(), mmap.PAGESIZE
+    first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and end > first:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+
+
+def _line(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return quoted(lines[0] if lines else type(e).__name__)

@@ -1,0 +1,106 @@
+"""Smaller numbers in a finished graph, by ONNX Runtime's own tools.
+
+int8: weights per channel, activations as they come (per tensor, its default, is clearly worse).
+int4: blocks of 32 weights with one scale, of matrix products only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import Mismatch, quoted
+from . import extra
+from .trace import quiet
+
+BLOCK = 32
+
+
+def quantised(file: Path, kind: str) -> None:
+    """Quantise a graph in its place. kind: "int8" or "int4".
+
+    Raises Mismatch when the tool does not take the graph.
+    """
+    extra.runtime()
+    made = file.with_name(f"{file.stem}.{kind}.onnx")
+    try:
+        with quiet(), _beside(file):
+            _forget(file)
+            {"int8": _int8, "int4": _int4}[kind](file, made)
+    except (ValueError, RuntimeError, KeyError, NotImplementedError, TypeError, AttributeError) as e:
+        raise Mismatch(
+            f"cannot be quantised to {kind}: {quoted(e)}", where=file.name, hint="leave --quantize out"
+        ) from e
+    _replace(made, file)
+
+
+@contextlib.contextmanager
+def _beside(file: Path) -> Iterator[None]:
+    """Temporary copies, as large as the model, go where there is room for it."""
+    before, tempfile.tempdir = tempfile.tempdir, str(file.parent)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _forget(file: Path) -> None:
+    """Take the shapes of values inside off a graph: the tools turn weights around, and stumble over what they were."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False)
+    del graph.graph.value_info[:]
+    onnx.save(graph, file)
+
+
+def _int8(file: Path, made: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(file, made, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
+
+
+def _int4(file: Path, made: Path) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    tool = MatMulNBitsQuantizer(onnx.load(file), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    tool.process()
+    tool.model.save_model_to_file(str(made), True)
+
+
+def _replace(made: Path, file: Path) -> None:
+    """Put the new graph under the old one's name, its numbers under the name that programs look for."""
+    import onnx_ir
+
+    from .write import DATA
+
+    model = onnx_ir.load(made)
+    again = made.with_name(f"again.{file.name}")
+    onnx_ir.save(model, again, external_data=f"again.{file.name}{DATA}")
+    del model
+    for old in file.parent.glob(f"{made.name}*"):
+        old.unlink()
+    for old in (file, file.with_name(file.name + DATA)):
+        old.unlink(missing_ok=True)
+    _renamed(again, file, DATA)
+
+
+def _renamed(again: Path, file: Path, data: str) -> None:
+    import onnx
+
+    graph = onnx.load(again, load_external_data=False)
+    for tensor in _tensors(graph):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = file.name + data
+    onnx.save(graph, file)
+    again.unlink()
+    again.with_name(again.name + data).rename(file.with_name(file.name + data))
+
+
+def _tensors(graph) -> list:  # type: ignore[no-untyped-def]
+    from onnx.external_data_helper import _get_all_tensors
+
+    return list(_get_all_tensors(graph))
