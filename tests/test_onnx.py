@@ -84,7 +84,7 @@ REFUSED = {
     "quantize": ({"quantize": "int2"}, "not one of int8, int4"),
     "device": ({"device": "tpu"}, "not one of auto, cpu, cuda"),
     "weights of nothing": ({"weights": [1.0]}, "there are none"),
-    "quantising float16": ({"quantize": "int8", "dtype": "float16"}, "starts from float32"),
+    "quantising float16": ({"quantize": "int8", "dtype": "float16"}, "int8 does not start from float16"),
     "a file": ({"model": LLAMA / "model.safetensors"}, "is a weight file"),
     "a prompt": ({"adapters": [FIXTURES / "adapters" / "llama" / "prompt"]}, "virtual tokens"),
     "a prefix": ({"adapters": [FIXTURES / "adapters" / "llama" / "prefix"]}, "virtual tokens"),

@@ -71,6 +71,20 @@ def test_float16_stays_within_its_own_noise(tmp_path: Path):
     assert 1e-5 < max(found.prefill, found.decode) <= max(4 * found.noise, 1e-2 * found.largest)
 
 
+def test_int4_starts_from_float16_as_well(tmp_path: Path):
+    """The numbers that are left, and what goes in and out, stay float16: the cache takes half the room."""
+    import onnx
+
+    made = adaptkit.export_onnx(
+        FIXTURES / "models" / "llama-untied-tiny", (), tmp_path / "out", dtype="float16", quantize="int4"
+    )
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+
+    assert made.checked.ok and made.quantized.of
+    assert {i.type.tensor_type.elem_type for i in graph.input if "past" in i.name} == {onnx.TensorProto.FLOAT16}
+    assert "MatMulNBits" in {n.op_type for n in graph.node}
+
+
 def test_int4_of_a_language_model_still_runs_and_says_how_far_it_is(tmp_path: Path):
     """Only what was measured is promised: cosines, tokens; and a GPU that is not there is not claimed."""
     with warnings.catch_warnings(record=True) as noticed:

@@ -25,6 +25,10 @@ from .merge import merge, planned, write_text
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZE = ("int8", "int4")
+START = {
+    "int8": (None, "float32"),
+    "int4": (None, "float32", "float16"),
+}  # ONNX Runtime's int8 reads float32 activations
 DEVICES = ("auto", "cpu", "cuda")
 OVERHEAD = 20_000_000  # bytes of graphs and files beside them
 VIRTUAL = ("prompt", "ptuning", "prefix")
@@ -144,8 +148,9 @@ def _wish(given: dict[str, Any]) -> _Wish:
     opset = OPSET if given["opset"] is None else given["opset"]
     if opset not in OPSETS:
         raise Usage(f"{opset} is not between {OPSETS[0]} and {OPSETS[-1]}", where="--opset")
-    if given["quantize"] and given["dtype"] not in (None, "float32"):
-        raise Usage(f"starts from float32, not {given['dtype']}", where="--quantize", hint="leave --dtype out")
+    if given["quantize"] and given["dtype"] not in START[given["quantize"]]:
+        text = f"{given['quantize']} does not start from {given['dtype']}"
+        raise Usage(text, where="--quantize", hint="leave --dtype out")
     listed = [given["adapters"]] if isinstance(given["adapters"], (str, Path, Adapter)) else list(given["adapters"])
     read = adapters_of(listed, given["progress"]) if listed else []
     _mergeable(read)
