@@ -86,8 +86,6 @@ REFUSED = {
     "weights of nothing": ({"weights": [1.0]}, "there are none"),
     "quantising float16": ({"quantize": "int8", "dtype": "float16"}, "int8 does not start from float16"),
     "a file": ({"model": LLAMA / "model.safetensors"}, "is a weight file"),
-    "a prompt": ({"adapters": [FIXTURES / "adapters" / "llama" / "prompt"]}, "virtual tokens"),
-    "a prefix": ({"adapters": [FIXTURES / "adapters" / "llama" / "prefix"]}, "virtual tokens"),
     "an adapter of another model": ({"adapters": [FIXTURES / "adapters" / "gpt2" / "lora"]}, "not|no"),
 }
 

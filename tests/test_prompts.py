@@ -164,3 +164,16 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
         attach(checkpointed, PrefixTuning(tokens=2))
     with pytest.raises(AdaptKitError, match="no input embeddings"):
         attach(nn.Linear(2, 2), PromptTuning(tokens=2))
+
+
+def test_a_head_that_was_trained_with_a_prompt_is_read_under_its_name_in_the_model(tmp_path: Path):
+    """PEFT wraps the model whole then, so its keys begin with one word less; written and read again they are the same."""
+    theirs.get_peft_model(bert(), theirs.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).save_pretrained(
+        tmp_path / "theirs"
+    )
+
+    adapter = adaptkit.read(tmp_path / "theirs")
+    adaptkit.write(adapter, tmp_path / "ours")
+
+    assert sorted(adapter.whole) == ["classifier.bias", "classifier.weight"]
+    assert sorted(adaptkit.read(tmp_path / "ours").whole) == sorted(adapter.whole)

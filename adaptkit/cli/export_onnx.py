@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -47,11 +48,13 @@ def command(model: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, *
 
     MODEL is a folder or a Hub id, ADAPTER a folder, file or Hub id. OUT holds model.onnx, model.onnx_data, the settings and
     the tokenizer; an encoder-decoder has three graphs. The graphs are compared with torch before OUT appears: other
-    sizes, padding, a growing cache, 20 greedy tokens.
+    sizes, padding, a growing cache, 20 greedy tokens. With --swappable, each ADAPTER becomes a .onnx_adapter file beside the
+    graph; virtual tokens are built into it.
 
     \b
     Examples:
       adaptkit export-onnx llama/ my-lora/ -o llama-onnx/
+      adaptkit export-onnx llama/ support/ legal/ -o llama-onnx/ --swappable
       adaptkit export-onnx minilm/ -o minilm-onnx/ --quantize int8
       adaptkit export-onnx user/whisper-small -o whisper-onnx/ --dtype float16
     """
@@ -70,11 +73,18 @@ def sentence(made: Any) -> str:
     kind = made.quantize or made.dtype
     merged = f" with {made.adapters} adapter{'s' * (made.adapters != 1)} merged" if made.adapters else ""
     what = f"{', '.join(made.files)} ({made.task}, {kind}, opset {made.opset}){merged}"
+    what += f", {made.virtual} virtual tokens built in" if made.virtual else ""
+    what += f", adapters beside it: {', '.join(made.swapped)}" if made.swapped else ""
     if not made.written:
         return f"would export {what} into {made.output}: at most {words.human(made.bytes)} of disk; nothing was written"
     lines = [f"exported {what} into {made.output} ({words.human(made.bytes)}, {made.seconds:.1f} s)"]
     lines += [_checked(made.checked) if made.checked else "not verified (--no-verify)"]
     lines += [_likeness(made.quantized, made.quantize)] if made.quantized else []
+    for name, said in made.swapped.items():
+        lines += [f"{name}: {_checked(SimpleNamespace(**said['verified']))}"] if "verified" in said else []
+        lines += (
+            [f"{name}: {_likeness(SimpleNamespace(**said['quantized']), made.quantize)}"] if "quantized" in said else []
+        )
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from . import virtual
 from .graph import Graph
 
 FAMILIES = {  # transformers' model_type -> genai's; those of which texts were compared
@@ -24,6 +25,7 @@ def settings(model: nn.Module, graph: Graph) -> dict[str, Any] | None:
     bos, eos, pad = (_token(said, config, f"{n}_token_id") for n in ("bos", "eos", "pad"))
     first = eos[0] if isinstance(eos, list) else eos
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
+    length -= virtual.count(model)
     pad = pad if isinstance(pad, int) else first
     tokens = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     return {

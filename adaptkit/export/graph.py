@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ class Graph:
     name: of the file, without its ending.    module: takes the sample's words, gives a (nested) dict of tensors.
     sample: inputs by name; a dict inside is flattened to dotted names, past_key_values.0.key.
     axes: of each flat input, the dimensions that may have any size, and their names.    outputs: the same, in order.
+    slots: shapes of the inputs that an adapter fills, None where any size goes; the others do without them.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Graph:
     sample: dict[str, Any]
     axes: dict[str, Axes]
     outputs: dict[str, Axes] = field(default_factory=dict)
+    slots: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[str]:

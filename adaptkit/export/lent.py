@@ -11,7 +11,7 @@ from torch import nn
 from .. import live
 from ..adapter import Adapter
 from ..errors import Mismatch, Usage, some
-from ..live.tokens import standing
+from ..live.tokens import meant, standing
 
 NAME = "adaptkit_export_{}"
 
@@ -42,32 +42,52 @@ def dtype_of(model: nn.Module, asked: str | None) -> str:
 def lent(model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float] | None) -> Iterator[nn.Module]:
     """The model as it runs, with what stands on it and these adapters merged; afterwards as it was, bit for bit.
 
-    Raises Mismatch for weights other than 1, virtual tokens, or an adapter that does not fit.
+    Virtual tokens act on it, those given in the place of others. Raises Mismatch for weights other than 1, or an
+    adapter that does not fit.
     """
     if any(w != 1 for w in weights or ()):
         raise Mismatch("a live model takes adapters whole", where="--weights", hint="export its folder")
-    if (here := standing(model)) is not None and here.active:
-        raise Mismatch("virtual tokens are active on the model, which no weight holds", hint="detach them")
     if merged := [p for p, m in live.adapted_modules(model).items() if m.merged_adapters]:
         raise Mismatch(f"an adapter is merged into {some(merged)} at the moment", hint="unmerge it first, or absorb it")
     training = {m: m.training for m in model.modules()}
     put: list[str] = []
-    mixed = False
+    mixed, acted = False, list(here.active) if (here := standing(model)) else []
     try:
-        for i, adapter in enumerate(adapters):
-            live.attach(model, adapter, name=NAME.format(i))
-            put.append(NAME.format(i))
-        mixed = bool(live.attached(model)) and bool(live.merge(model, keep=True))
+        with _aside(model):
+            for i, adapter in enumerate(a for a in adapters if not meant(a)):
+                live.attach(model, adapter, name=NAME.format(i))
+                put.append(NAME.format(i))
+            mixed = bool(live.attached(model)) and bool(live.merge(model, keep=True))
+        for adapter in filter(meant, adapters):
+            live.attach(model, adapter, name=NAME.format("virtual"))
+            put.append(NAME.format("virtual"))
         model.eval()
         yield model
     finally:
         _give_back(model, put, mixed)
+        if here := standing(model):
+            here.active = acted
         for module, flag in training.items():
             module.training = flag
 
 
 def _give_back(model: nn.Module, put: list[str], merged: bool) -> None:
-    if merged:
-        live.unmerge(model)
+    with _aside(model):
+        if merged:
+            live.unmerge(model)
     for name in reversed(put):
         live.detach(model, name)
+
+
+@contextlib.contextmanager
+def _aside(model: nn.Module) -> Iterator[None]:
+    """Without virtual tokens, which cannot be merged."""
+    here = standing(model)
+    before = list(here.active) if here else []
+    if here:
+        here.active = []
+    try:
+        yield
+    finally:
+        if here:
+            here.active = before

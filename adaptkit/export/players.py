@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import Mismatch, quoted
-from . import extra
+from . import extra, virtual
 from .build import takes
 from .graph import Graph
 
@@ -56,7 +56,16 @@ class Torch:
         if self.kind != "encoder":
             words |= {"past_key_values": self.cache, "use_cache": True}
         said = self._run(self.model, words)
-        return {n: getattr(said, n).double().cpu().numpy() for n in self.names}
+        self.cache = getattr(said, "past_key_values", None)
+        return {n: self._own(getattr(said, n), words).double().cpu().numpy() for n in self.names}
+
+    def _own(self, value: Any, words: dict[str, Any]) -> Any:
+        """An output without what it says of virtual tokens, which stand before the ones that were given."""
+        ids = words.get("decoder_input_ids" if self.kind == "seq2seq" else "input_ids")
+        more = virtual.rows(self.model)
+        if ids is None or not more or value.ndim < 2 or value.shape[1] != ids.shape[1] + more:
+            return value
+        return value[:, more:]
 
     def _tensors(self, arrays: Arrays) -> dict[str, Any]:
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
@@ -65,7 +74,8 @@ class Torch:
 
     @torch.no_grad()
     def _run(self, module: nn.Module, words: dict[str, Any]) -> Any:
-        return module(**{k: v for k, v in words.items() if k not in ("position_ids",) or takes(module, k)})
+        counted = takes(module, "position_ids") and not virtual.rows(self.model)  # a prompt moves them all
+        return module(**{k: v for k, v in words.items() if k != "position_ids" or counted})
 
 
 class Session:
@@ -84,12 +94,22 @@ class Session:
         self.provider = self.session.get_providers()[0].removesuffix("ExecutionProvider")
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.names = [o.name for o in self.session.get_outputs()]
+        self.options: Any = None
+        self.adapter: Any = None
+
+    def put(self, adapter: Path | None) -> None:
+        """Let an adapter act from now on, or none."""
+        runtime = extra.runtime()
+        self.options, self.adapter = runtime.RunOptions(), runtime.LoraAdapter()  # which must live as long as it acts
+        if adapter is not None:
+            self.adapter.Load(str(adapter))
+            self.options.add_active_adapter(self.adapter)
 
     def run(self, feeds: Arrays) -> Arrays:
         """Outputs by name; numbers are given in the graph's own dtype."""
         given = {n: self._fit(n, feeds[n]) for n in self.inputs}
         with explained(self.file):
-            return dict(zip(self.names, self.session.run(None, given), strict=True))
+            return dict(zip(self.names, self.session.run(None, given, self.options), strict=True))
 
     def empty(self, name: str, batch: int) -> np.ndarray:
         """A past of no tokens."""
@@ -119,6 +139,10 @@ class Runtime:
         self.kind = kind
         self.sessions = {name: Session(file, device) for name, file in files.items()}
         self.provider = next(iter(self.sessions.values())).provider
+
+    def put(self, adapter: Path | None) -> None:
+        """Let an adapter act in the one graph that there is, or none."""
+        self.sessions["model"].put(adapter)
 
     def begin(self, batch: int, source: Arrays) -> None:
         """An empty past, and what the encoder says."""

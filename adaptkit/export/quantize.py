@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import Mismatch, quoted
 from . import extra
+from .swappable import products
 from .trace import quiet
 
 BLOCK = 32
@@ -58,16 +59,28 @@ def _forget(file: Path) -> None:
 def _int8(file: Path, made: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(file, made, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
+    quantize_dynamic(
+        file, made, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True,
+        nodes_to_exclude=_left(file),
+    )  # fmt: skip
 
 
 def _int4(file: Path, made: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    tool = MatMulNBitsQuantizer(onnx.load(file), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    tool = MatMulNBitsQuantizer(
+        onnx.load(file), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=_left(file)
+    )
     tool.process()
     tool.model.save_model_to_file(str(made), True)
+
+
+def _left(file: Path) -> list[str]:
+    """Products with what an adapter brings: the tools would take the default, which is nothing, for a weight."""
+    import onnx
+
+    return products(onnx.load(file, load_external_data=False))
 
 
 def _replace(made: Path, file: Path) -> None:

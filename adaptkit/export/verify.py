@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import AdaptKitError, Mismatch, quoted
-from . import build
+from . import build, virtual
 from .experts import plain_experts
 from .players import Arrays, Player, Torch
 from .wide import widened
@@ -28,6 +28,7 @@ NOISE = 4  # times the model's own: two paths that both round
 GREEDY = 20  # tokens
 LONG = 10**9
 Say = Callable[[str], None]
+Positions = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Exam:
     answers: Answers
     noise: float | None
     tolerance: float
-    positions: bool
+    positions: Positions | None
     room: int
 
     def greedy(self, script: Script) -> int:
@@ -105,7 +106,7 @@ def exam(model: nn.Module, kind: str, names: list[str], say: Say = print) -> Exa
     say("asking torch")
     player = Torch(model, kind, names)
     scripts = _scripts(model, kind)
-    positions = kind == "decoder" and build.takes(model, "position_ids")
+    positions = _positions(model) if kind == "decoder" else None
     made = Exam(kind, scripts, [], [], [], Answers(), None, _tolerance(model), positions, _room(model))
     for script in scripts:
         made.sources.append(_source(model, kind, script))
@@ -262,7 +263,8 @@ def _room(model: nn.Module) -> int:
     """How many tokens a model can hold, where it says so."""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    return min((v for n in names if isinstance(v := getattr(config, n, None), int) and v > 0), default=LONG)
+    room = min((v for n in names if isinstance(v := getattr(config, n, None), int) and v > 0), default=LONG)
+    return room - virtual.count(model)
 
 
 def _source(model: nn.Module, kind: str, script: Script) -> Arrays:
@@ -292,14 +294,26 @@ def _inputs(model: nn.Module, kind: str, script: Script) -> list[Arrays]:
 
 def _words(ids: np.ndarray, mask: np.ndarray, model: nn.Module) -> Arrays:
     found = {"input_ids": ids, "attention_mask": mask}
-    if build.takes(model, "position_ids"):
-        found["position_ids"] = _positions(mask)[:, -ids.shape[1] :]
+    if positions := _positions(model):
+        found["position_ids"] = positions(mask)[:, -ids.shape[1] :]
     return found
 
 
-def _positions(mask: np.ndarray) -> np.ndarray:
+def _positions(model: nn.Module) -> Positions | None:
+    """How a model's tokens are counted, given their mask: after a prompt padding counts as well, as PEFT trains it."""
+    if not build.takes(model, "position_ids"):
+        return None
+    return _every if virtual.rows(model) else _real_ones
+
+
+def _real_ones(mask: np.ndarray) -> np.ndarray:
     """0, 1, 2, ... over real tokens, as generate counts."""
     return np.maximum(np.cumsum(mask, 1) - 1, 0)
+
+
+def _every(mask: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... over all tokens."""
+    return np.cumsum(np.ones_like(mask), 1) - 1
 
 
 def _split(whole: np.ndarray, chunks: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
@@ -375,13 +389,13 @@ def _first(words: Arrays) -> list[np.ndarray]:
     return [words["input_ids"] if "input_ids" in words else words["pixel_values"][:, 0, 0, :1]]
 
 
-def _next(words: Arrays, tokens: np.ndarray, positions: bool) -> Arrays:
+def _next(words: Arrays, tokens: np.ndarray, positions: Positions | None) -> Arrays:
     found = {"input_ids": tokens[:, None]}
     if "attention_mask" in words:
         mask = np.concatenate([words["attention_mask"], np.ones_like(tokens[:, None])], 1)
         found["attention_mask"] = mask
         if positions:
-            found["position_ids"] = _positions(mask)[:, -1:]
+            found["position_ids"] = positions(mask)[:, -1:]
     return found
 
 

@@ -53,8 +53,10 @@ def widened(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """Numbers that stand on a module itself, those of nn.MultiheadAttention's projection with it."""
+    """Numbers that stand on a module itself, those of nn.MultiheadAttention's projection and of adapters with it."""
     found = [*module._parameters.values(), *module._buffers.values()]
+    held = [m for child in module.children() if isinstance(child, nn.ModuleDict) for m in child.modules()]
+    found += [t for m in held if isinstance(m, nn.ParameterDict) for t in m._parameters.values()]
     if isinstance(module, nn.MultiheadAttention):
         found += module.out_proj._parameters.values()
     return [t for t in found if t is not None]

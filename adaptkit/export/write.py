@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .graph import Graph
+from .swappable import optional
 from .trace import traced
 
 DATA = "_data"
@@ -33,6 +34,7 @@ def write(graph: Graph, folder: Path, opset: int, written: Callable[[int], None]
     import onnx
 
     model, route = traced(graph, opset)
+    optional(model, graph.slots)
     file = folder / f"{graph.name}.onnx"
     save(model, file, written)
     onnx.checker.check_model(str(file))  # by path: a model may be larger than a message

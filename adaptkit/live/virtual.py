@@ -97,7 +97,7 @@ class Virtual:
         n = acting.tokens
         if not _begun(words):
             x = words["input_ids"] if words.get("inputs_embeds") is None else words["inputs_embeds"]
-            words["past_key_values"] = cache(self.model, acting, len(x))
+            words["past_key_values"] = cache(self.model, acting, x.shape[0])
         if words.get("position_ids") is not None:
             words["position_ids"] = words["position_ids"] + n
         return _longer(words, "attention_mask", n)
@@ -178,17 +178,17 @@ def _fed(module: nn.Module, words: Words, acting: Acting, longer: bool = False) 
         return words
     ids, x = words.pop("input_ids", None), words.get("inputs_embeds")
     x = module.get_input_embeddings()(ids) if x is None else x
-    P = acting.rows()[:n].to(x.device, x.dtype).expand(len(x), -1, -1)
+    P = acting.rows()[:n].to(x.device, x.dtype).expand(x.shape[0], -1, -1)
     words["inputs_embeds"] = torch.cat([P, x], 1)
     labels = words.get("labels")
     if labels is not None and labels.shape == x.shape[:2] and not labels.is_floating_point():
-        words["labels"] = torch.cat([labels.new_full((len(x), n), -100), labels], 1)
+        words["labels"] = torch.cat([labels.new_full((x.shape[0], n), -100), labels], 1)
     return _types_longer(words, n)
 
 
 def _types_longer(words: Words, n: int) -> Words:
     if (types := words.get("token_type_ids")) is not None:
-        words["token_type_ids"] = torch.cat([types.new_zeros(len(types), n), types], 1)
+        words["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n), types], 1)
     return words
 
 
@@ -198,7 +198,7 @@ def _longer(words: Words, name: str, n: int) -> Words:
         return words
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise Mismatch(f"{name} is not (batch, length), so virtual tokens cannot be added to it", hint="give it so")
-    words[name] = torch.cat([mask.new_ones(len(mask), n), mask], 1)
+    words[name] = torch.cat([mask.new_ones(mask.shape[0], n), mask], 1)
     return words
 
 
@@ -229,7 +229,7 @@ def _length(words: Words) -> int:
 def _batch(words: Words) -> int:
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels", "input_ids", "inputs_embeds"):
         if words.get(name) is not None:
-            return len(words[name])
+            return words[name].shape[0]
     raise Mismatch("there is nothing to read: give input_ids and decoder_input_ids, or labels")
 
 

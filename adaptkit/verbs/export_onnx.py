@@ -9,18 +9,19 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..errors import AdaptKitWarning, Mismatch, Usage, quoted
+from ..engines import checks
+from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted
 from ..store.checkpoint import Checkpoint, stamps, unchanged
 from ..store.hub import called
 from ..store.output import Output
 from ..store.quantised import refuse_quantised
-from .inputs import Progress, Source, adapters_of, files_of, model_of
+from .inputs import Progress, Source, adapters_of, files_of, model_of, weights_of
 from .merge import merge, planned, write_text
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -41,6 +42,7 @@ class Exported:
     files: bytes of each graph with its numbers.    route: which exporter traced it.    checked: what comparing with torch
     found, None when it was not done.    quantized: the same for the quantised graph, against the one before.
     bytes: of everything.    seconds: it took.    written: False for a rehearsal.
+    swapped: what there is to say of each adapter beside the graph.    virtual: tokens that are built into it.
     """
 
     output: Path
@@ -56,11 +58,16 @@ class Exported:
     bytes: int = 0
     seconds: float = 0.0
     written: bool = True
+    swapped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    virtual: int = 0
 
 
 @dataclass
 class _Wish:
-    """What was asked for, checked."""
+    """What was asked for, checked.
+
+    adapters: to be merged.    virtual: one of virtual tokens, or none.    kept: those that stay beside the graph.
+    """
 
     output: Path
     adapters: list[Adapter]
@@ -74,6 +81,13 @@ class _Wish:
     overwrite: bool
     progress: Progress | None
     start: float
+    virtual: list[Adapter] = field(default_factory=list)
+    kept: Any = None
+
+    @property
+    def every(self) -> list[Adapter]:
+        """All the adapters."""
+        return [*self.adapters, *self.virtual, *(self.kept.adapters.values() if self.kept else ())]
 
     def say(self, text: str) -> None:
         """Tell a progress bar what is going on."""
@@ -134,10 +148,6 @@ def _wish(given: dict[str, Any]) -> _Wish:
     """Raises Usage or Mismatch for options that make no sense, before anything is read."""
     if given["output"] is None:
         raise Usage("no output was given", where="OUT", hint="give -o OUT")
-    if given["swappable"]:
-        raise Mismatch(
-            "is not possible yet", where="--swappable", hint="leave it out: adapters are merged into the graph"
-        )
     for name, known in (("dtype", tuple(DTYPES)), ("quantize", QUANTIZE), ("device", DEVICES)):
         if given[name] is not None and given[name] not in known:
             raise Usage(f"{quoted(given[name])!r} is not one of {', '.join(known)}", where=f"--{name}")
@@ -153,26 +163,68 @@ def _wish(given: dict[str, Any]) -> _Wish:
         raise Usage(text, where="--quantize", hint="leave --dtype out")
     listed = [given["adapters"]] if isinstance(given["adapters"], (str, Path, Adapter)) else list(given["adapters"])
     read = adapters_of(listed, given["progress"]) if listed else []
-    _mergeable(read)
     if given["weights"] is not None and not read:
         raise Usage("is about adapters, and there are none", where="--weights")
+    for adapter in read:
+        if given["swappable"] or "" in adapter.sites:
+            _sound(adapter)
+    if given["swappable"]:
+        return _swapped(given, read, opset)
+    merged, weights, virtual = _parted(read, given["weights"])
     wish = _Wish(
-        Path(given["output"]), read, given["weights"], given["dtype"], given["quantize"], given["task"], given["device"],
-        opset, not given["no_verify"], given["overwrite"], given["progress"], time.monotonic(),
+        Path(given["output"]), merged, weights, given["dtype"], given["quantize"], given["task"], given["device"],
+        opset, not given["no_verify"], given["overwrite"], given["progress"], time.monotonic(), virtual,
     )  # fmt: skip
     _runnable(wish)
     return wish
 
 
-def _mergeable(adapters: Sequence[Adapter]) -> None:
-    for adapter in adapters:
+def _sound(adapter: Adapter) -> None:
+    """Raises Corrupt for numbers that are none, before a model is loaded."""
+    try:
+        checks.numbers(adapter)
+    except AdaptKitError as e:
+        raise e.at(called(Path(adapter.meta.get("path", "adapter")))) from None
+
+
+def _swapped(given: dict[str, Any], read: list[Adapter], opset: int) -> _Wish:
+    """The wish for a graph whose adapters stay beside it. Raises Mismatch for those that cannot."""
+    if not read:
+        raise Usage("is about adapters, and there are none", where="--swappable", hint="name them, or leave it out")
+    if given["weights"] is not None:
+        hint = "scale the adapter with adaptkit combine --method cat --weights"
+        raise Usage("adapters beside a graph act whole", where="--weights", hint=hint)
+    from ..export.kept import kept
+
+    wish = _Wish(
+        Path(given["output"]), [], None, given["dtype"], given["quantize"], given["task"], given["device"], opset,
+        not given["no_verify"], given["overwrite"], given["progress"], time.monotonic(), kept=kept(read),
+    )  # fmt: skip
+    _runnable(wish)
+    return wish
+
+
+def _parted(
+    read: list[Adapter], weights: Sequence[float] | None
+) -> tuple[list[Adapter], list[float] | None, list[Adapter]]:
+    """What is merged, its weights, and the virtual tokens. A head that was trained with these is merged.
+
+    Raises Mismatch for virtual tokens that cannot be built in.
+    """
+    merged: list[tuple[Adapter, float]] = []
+    virtual: list[Adapter] = []
+    for adapter, weight in zip(read, weights_of(weights, len(read)), strict=True):
+        rest = adapter
         if "" in adapter.sites and adapter.sites[""].tuner.name in VIRTUAL:
-            name = adapter.sites[""].tuner.name
-            raise Mismatch(
-                f"is made of virtual tokens ({quoted(name)}), which no weight holds",
-                where=called(Path(adapter.meta.get("path", "adapter"))),
-                hint="adaptkit merge puts prompts into a checkpoint, which can be exported",
-            )
+            if weight != 1:
+                raise Mismatch("virtual tokens are taken whole", where="--weights", hint="give them the weight 1")
+            virtual.append(replace(adapter, sites={"": adapter.sites[""]}, whole={}))
+            rest = replace(adapter, sites={p: s for p, s in adapter.sites.items() if p})
+        if rest is adapter or rest.sites or rest.whole:
+            merged.append((rest, weight))
+    if len(virtual) > 1:
+        raise Mismatch(f"{len(virtual)} sets of virtual tokens cannot act at once", hint="export one of them")
+    return [a for a, _ in merged], [w for _, w in merged] if weights else None, virtual
 
 
 def _runnable(wish: _Wish) -> None:
@@ -195,19 +247,27 @@ def _is_live(model: Any) -> bool:
 def _task(config: dict[str, Any], wish: _Wish) -> Any:
     from ..export.task import task_of
 
-    return task_of(config, wish.task)
+    task = task_of(config, wish.task)
+    if wish.kept and task.kind == "seq2seq":
+        hint = "leave it out: the adapter is merged"
+        raise Mismatch(
+            "an encoder-decoder has three graphs, and an adapter's file fits one", where="--swappable", hint=hint
+        )
+    return task
 
 
 def _rehearsed(checkpoint: Checkpoint, task: Any, wish: _Wish) -> Exported:
     """What an export would make, with everything checked that needs no numbers."""
-    if wish.adapters:
-        planned(checkpoint, wish.adapters, weights=wish.weights, dtype=wish.dtype or "float32")
+    if weighty := wish.kept.adapters.values() if wish.kept else wish.adapters:
+        planned(checkpoint, list(weighty), weights=wish.weights, dtype=wish.dtype or "float32")
     need = _need(checkpoint, wish)
     Output(wish.output, plan="", need=need, inputs=[checkpoint.path], overwrite=wish.overwrite)
     names = {f"{n}.onnx": 0 for n in FILES[task.kind]}
     dtype = wish.dtype or "float32"
     made = Exported(wish.output, task.name, dtype, wish.opset, wish.quantize, names, adapters=len(wish.adapters))
     made.bytes, made.written = need, False
+    made.swapped = {name: {} for name in (wish.kept.adapters if wish.kept else ())}
+    made.virtual = sum(a.sites[""].tuner.tokens for a in wish.virtual)
     return made
 
 
@@ -225,22 +285,33 @@ def _need(checkpoint: Checkpoint, wish: _Wish) -> int:
 
 
 def _exported(checkpoint: Checkpoint, task: Any, wish: _Wish) -> Exported:
-    taken = stamps([*checkpoint.files, *(f for a in wish.adapters for f in files_of(a))])
-    inputs = [checkpoint.path, *(Path(a.meta["path"]) for a in wish.adapters if "path" in a.meta)]
+    taken = stamps([*checkpoint.files, *(f for a in wish.every for f in files_of(a))])
+    inputs = list(dict.fromkeys([checkpoint.path, *(Path(a.meta["path"]) for a in wish.every if "path" in a.meta)]))
     plan = _fingerprint(checkpoint, taken, wish)
     out = Output(wish.output, plan=plan, need=_need(checkpoint, wish), inputs=inputs, overwrite=wish.overwrite)
     with out:
-        from ..export.load import load, unload
+        from ..export.load import unload
 
         source = _merged(checkpoint, out, wish)
         wish.say("loading")
         job = _Job(out, task, wish, wish.dtype or "float32", source.config, list(source.extras()))
-        module = load(source.path, task, job.dtype)
+        module = _loaded(source.path, task, job.dtype, wish.virtual)
         made = job.done(module, lambda: unload(module))
         unchanged(taken)
         out.publish(_receipt(called(checkpoint.path), inputs[1:], made, wish))
     made.adapters, made.seconds = len(wish.adapters), time.monotonic() - wish.start
     return made
+
+
+def _loaded(folder: Path, task: Any, dtype: str, virtual: Sequence[Adapter]) -> Any:
+    """The module of a folder, with virtual tokens acting on it."""
+    from .. import live
+    from ..export.load import load
+
+    model = load(folder, task, dtype)
+    for adapter in virtual:
+        live.attach(model, adapter, freeze=False)
+    return model
 
 
 def _fingerprint(checkpoint: Checkpoint, taken: dict[Path, Any], wish: _Wish) -> str:
@@ -249,6 +320,7 @@ def _fingerprint(checkpoint: Checkpoint, taken: dict[Path, Any], wish: _Wish) ->
 
     said: list[Any] = [sorted((str(f), s) for f, s in taken.items()), versions(), version("adaptkit")]
     said += [wish.dtype, wish.quantize, wish.task, wish.opset, wish.verify]
+    said.append([*wish.kept.adapters] if wish.kept else [])
     if wish.adapters:
         merging = planned(checkpoint, wish.adapters, weights=wish.weights, dtype=wish.dtype or "float32")
         said.append(merging.fingerprint())
@@ -298,6 +370,7 @@ class _Job:
         self.out, self.task, self.wish, self.dtype, self.config, self.extras = out, task, wish, dtype, config, extras
         self.made = Exported(out.path, task.name, dtype, wish.opset, wish.quantize)
         self.files: dict[str, Path] = {}
+        self.swaps: dict[str, Path] = {}
         self.exam: Any = None
 
     def done(self, module: Any, free: Callable[[], None] | None = None) -> Exported:
@@ -322,21 +395,33 @@ class _Job:
 
     def _traced(self, module: Any, work: Path) -> list[tuple[str, Path | bytes]]:
         """Write the graphs, and ask torch what they will be asked."""
-        from ..export import folder, players, verify
-        from ..export.build import graphs
+        from ..export import folder, virtual
+        from ..export.ways import graphs
         from ..export.write import write
 
         self.wish.say("preparing")
-        built = graphs(module, self.task)
+        built = graphs(module, self.task, self.wish.kept)
+        self.made.virtual = virtual.count(module)
         if self.wish.verify:
-            names = players.outputs_of(built)
-            self.exam = verify.exam(module, self.task.kind, names, self.wish.say)
+            self._asked(module, built)
         count = _Bytes(sum(p.numel() * p.element_size() for p in module.parameters()), self.wish.progress)
         for graph in built:
             self.wish.say(f"tracing {graph.name}")
             written = write(graph, work, self.wish.opset, count)
             self.files[graph.name], self.made.route = written.file, written.route
+        if self.wish.kept:
+            self.swaps = self.wish.kept.write(work, self.dtype)
+            self.made.swapped = {name: self.wish.kept.told(name) for name in self.swaps}
         return list(folder.beside(self.extras, self.config, module, built, self.dtype))
+
+    def _asked(self, model: Any, built: Sequence[Any]) -> None:
+        """Let torch answer, alone and with each adapter that stays beside the graph."""
+        from ..export import players, verify
+
+        names = players.outputs_of(built)
+        self.exam = verify.exam(model, self.task.kind, names, self.wish.say)
+        if self.wish.kept:
+            self.wish.kept.ask(model, self.task.kind, names, self.wish.say)
 
     def _checked(self) -> Any:
         """What ONNX Runtime says, beside what torch said. Raises Mismatch when that is something else."""
@@ -350,6 +435,11 @@ class _Job:
             warnings.warn(text, AdaptKitWarning, stacklevel=2)
         found = verify.compared(self.exam, player)
         verify.refuse(found, self.task.name)
+        for name, file in self.swaps.items():
+            player.put(file)
+            mine = verify.compared(self.wish.kept.asked[name], player)
+            verify.refuse(mine, file.name)
+            self.made.swapped[name]["verified"] = asdict(mine)
         return found
 
     def _quantised(self, kind: str) -> Any:
@@ -363,7 +453,12 @@ class _Job:
         if self.exam is None:
             return None
         self.wish.say("checking")
-        return verify.likeness(self.exam, players.Runtime(self.files, self.task.kind))
+        player = players.Runtime(self.files, self.task.kind)
+        found = verify.likeness(self.exam, player)
+        for name, file in self.swaps.items():
+            player.put(file)
+            self.made.swapped[name]["quantized"] = asdict(verify.likeness(self.wish.kept.asked[name], player))
+        return found
 
     def _shared(self) -> None:
         """Of an encoder-decoder, both decoders hold the same numbers."""
@@ -382,6 +477,10 @@ class _Job:
             for path in (file, file.with_name(file.name + DATA)):
                 if path.exists():
                     self.out.adopt(path, path.name)
+        for file in self.swaps.values():
+            self.made.files[file.name] = file.stat().st_size
+            self.made.bytes += file.stat().st_size
+            self.out.adopt(file, file.name)
 
     def _beside(self, found: Sequence[tuple[str, Path | bytes]]) -> None:
         for name, value in found:
@@ -410,6 +509,8 @@ def _receipt(base: str, adapters: Sequence[Path], made: Exported, wish: _Wish) -
         "adapters": [called(p) for p in adapters],
         "versions": versions(),
         "verified": asdict(made.checked) if made.checked else "not verified (--no-verify)",
+        **({"virtual_tokens": made.virtual} if made.virtual else {}),
+        **({"swappable": made.swapped} if made.swapped else {}),
         **({"quantized": asdict(made.quantized)} if made.quantized else {}),
     }
 
@@ -426,7 +527,7 @@ def _live(model: Any, wish: _Wish, dry_run: bool) -> Exported:
     need = sum(p.numel() * p.element_size() for p in model.parameters()) + OVERHEAD
     plan = hashlib.sha256(os.urandom(16)).hexdigest()  # nobody knows whether the module is still the same
     out = Output(wish.output, plan=plan, need=need, overwrite=wish.overwrite)
-    with out, lent.lent(model, wish.adapters, wish.weights) as module:
+    with out, lent.lent(model, [*wish.adapters, *wish.virtual], wish.weights) as module:
         made = _Job(out, task, wish, dtype, config, []).done(module)
         out.publish(_receipt(type(model).__name__, [], made, wish))
     made.adapters, made.seconds = len(wish.adapters), time.monotonic() - wish.start

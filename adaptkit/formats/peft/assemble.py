@@ -14,7 +14,7 @@ from ...store.checkpoint import warn
 from ...store.entry import Entry
 from . import build
 from .config import with_heads
-from .keys import Key, is_attention_output, parse
+from .keys import ALONE, PREFIX, Key, is_attention_output, parse
 from .patterns import unmatched
 
 Parts = dict[str, Entry]
@@ -25,7 +25,7 @@ def assemble(config: dict[str, Any], entries: dict[str, Entry]) -> Adapter:
     if not entries:
         raise Mismatch("holds no tensors", hint="was it saved from a sharded run? then the numbers are in the shards")
     _dtypes(entries)
-    modules, whole = _group(entries)
+    modules, whole = _group(entries, ALONE if config["peft_type"] in build.VIRTUAL else PREFIX)
     adapter = Adapter(meta={"peft:config": json.dumps(config, sort_keys=True)})
     adapter.about = config = with_heads(config)
     if config["peft_type"] in build.VIRTUAL:
@@ -54,12 +54,12 @@ def _is_buffer(e: Entry) -> bool:
     return e.dtype in ("I64", "I32") and parse(e.name).part == "whole"  # BatchNorm's counters
 
 
-def _group(entries: dict[str, Entry]) -> tuple[dict[tuple[str, int], Parts], dict[str, Entry]]:
+def _group(entries: dict[str, Entry], prefix: str) -> tuple[dict[tuple[str, int], Parts], dict[str, Entry]]:
     modules: dict[tuple[str, int], Parts] = defaultdict(dict)
     whole: dict[str, Entry] = {}
     seen: dict[Key, str] = {}
     for name, entry in entries.items():
-        key = parse(name)
+        key = parse(name, prefix)
         if key.part == "training":
             continue
         if key in seen:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
+ALONE = "base_model."  # where PEFT wraps the model whole, since no module of it is adapted
 NAME = r"(?:\.(?P<adapter>[^.]+))?"  # older files keep the adapter's name in the key
 # part of the key -> our letter; the order matters, the first that fits wins
 PARTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -49,9 +50,9 @@ class Key:
     depth: int = 0
 
 
-def parse(name: str) -> Key:
-    """What a tensor is, from its name alone."""
-    body = name.removeprefix(PREFIX)
+def parse(name: str, prefix: str = PREFIX) -> Key:
+    """What a tensor is, from its name alone.    prefix: before a module's path; PREFIX, or ALONE beside virtual tokens."""
+    body = name.removeprefix(prefix)
     if body == "prompt_embeddings":
         return Key("", "P")
     if ORIGINAL.fullmatch(body):

@@ -24,7 +24,7 @@ from ..save import by_width, folder
 from . import nested
 from .build import EMBEDDINGS, VIRTUAL
 from .config import COMMON, SCHEMAS
-from .keys import PREFIX
+from .keys import ALONE, PREFIX
 from .patterns import exactly
 
 LORAS = ("lora", "dora", "pissa", "olora")
@@ -47,7 +47,7 @@ def write(
     config, tensors = {"LORA": _lora, "IA3": _ia3, "TOKENS": _tokens}.get(kind, _virtual)(adapter)
     if dtype is not None:
         tensors = {n: narrowed(v, dtype, n)[0] for n, v in tensors.items()}
-    prefix = "base_model." if kind == "VIRTUAL" else PREFIX
+    prefix = ALONE if kind == "VIRTUAL" else PREFIX
     for name, value in adapter.whole.items():
         kept = isinstance(value, Entry) and value.dtype in FLOATS
         tensors[prefix + _whole_name(name, adapter)] = value if kept else _array(value)
