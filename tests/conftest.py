@@ -48,3 +48,18 @@ def shell(hub, tmp_path):
     from hub.running import Shell
 
     return Shell(hub, tmp_path)
+
+
+# many quick tests each, and together most of the time: the fast part leaves them to the whole run
+THOROUGH = (
+    "bake", "catalogue", "combine_every", "hub_pull", "hub_push", "hub_streaming", "matrix", "output", "peft_options",
+    "peft_prompts", "plugins", "real",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is thorough is slow."""
+    files = {f"test_{name}.py" for name in THOROUGH}
+    for item in items:
+        if item.path.name in files:
+            item.add_marker(pytest.mark.slow)
