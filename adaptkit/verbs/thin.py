@@ -14,6 +14,7 @@ from ..adapter import Adapter, Site
 from ..algebra import lowrank
 from ..algebra.lowrank import Spectrum
 from ..engines import checks
+from ..engines.local import single_threaded_blas
 from ..errors import AdaptKitError, Mismatch, quoted
 from ..store.arrays import load, shape_of
 from ..store.hub import called
@@ -117,7 +118,8 @@ def spectra(
         loaded = [[(w * s.tuner.scale, *factors(s)) for w, s in terms] for _, terms in batch]
         experts = [made[0][1].shape[0] for made in loaded]
         terms = [_stacked([made[k] for made in loaded], device) for k in range(len(loaded[0]))]
-        found, at = lowrank.spectrum(terms), 0
+        with single_threaded_blas():  # on matrices this thin, threads wait for each other longer than they work
+            found, at = lowrank.spectrum(terms), 0
         for (path, _), n in zip(batch, experts, strict=True):
             part = slice(at, at + n)
             yield path, Spectrum(found.U[part], found.s[part], found.V[part])
