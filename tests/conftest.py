@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from places import FIXTURES
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may look for the Hub
 # One thread per worker: threads of two workers that wait for each other on two cores take a hundred times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts background jobs deaf to Ctrl-C; the tests send it to themselves and to their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

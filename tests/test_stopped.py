@@ -53,6 +53,20 @@ def test_a_stopped_run_leaves_nothing_and_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_in_the_making_of_a_class_is_an_interrupt(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Imports make classes, and before Python 3.12 they wrap what comes while they do in a RuntimeError."""
+
+    class Interrupted:
+        def __set_name__(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(output.Output, "file", lambda *_, **__: type("Made", (), {"field": Interrupted()}))
+    code = run(["combine", *COMMANDS["combine"], "-o", str(tmp_path / "out")])
+
+    assert code == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("nothing was written")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_device_that_is_not_there_is_one_sentence(command: str, tmp_path: Path, capsys):
     """Said before anything is read or written."""

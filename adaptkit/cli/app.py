@@ -90,7 +90,8 @@ def main(args: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; our threads are the parallelism
     if not re.search(r"//([\w-]+\.)*(huggingface|hf)\.co(/|$)", os.environ.get("HF_ENDPOINT", "//huggingface.co")):
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # of Hubs elsewhere few speak Xet, and the client does not ask
-    signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's way to keep Ctrl-C from a background job
+        signal.signal(signal.SIGINT, _interrupt)
     code = run(args)
     try:
         if sys.stdout is not None:
@@ -138,6 +139,7 @@ def run(args: list[str]) -> int:
 def _failed(e: BaseException, resumed: bool = False) -> int:
     """Print one line for an exception; its exit code. resumed: whether the command goes on when it is run again."""
     again = "run the same command again to go on" if resumed else "nothing was written"
+    e = _stop_within(e)
     if isinstance(e, AdaptKitError):
         e.where = _named(e.where)
         _say(f"error: {e}")
@@ -170,6 +172,16 @@ def _failed(e: BaseException, resumed: bool = False) -> int:
         f"error: adaptkit: a bug of ours, {type(e).__name__}: {quoted(e)}; please report it with the output of --debug"
     )
     return 1
+
+
+def _stop_within(e: BaseException) -> BaseException:
+    """The signal that an error comes from, else the error: before Python 3.12, __set_name__ wraps whatever it raises."""
+    inner: BaseException | None = e
+    for _ in range(16):  # chains are short, and may be circles
+        if isinstance(inner, KeyboardInterrupt | Terminated):
+            return inner
+        inner = inner and (inner.__cause__ or inner.__context__)
+    return e
 
 
 def _named(where: Any) -> Any:
