@@ -17,6 +17,7 @@ from ..errors import Mismatch, Usage, quoted
 from . import names
 from .experts import plain_experts
 from .graph import Graph
+from .rules import quick_rules
 
 OPSET = 20  # IR version 10: what the most runtimes read
 OPSETS = range(18, 24)
@@ -34,7 +35,7 @@ def traced(graph: Graph, opset: int = OPSET) -> tuple[Any, str]:
     failures: list[Exception] = []
     for name, route in (("transformers.exporters", _transformers), ("torch.onnx", _torch)):
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), quick_rules(), torch.no_grad():
                 model = route(graph, opset)
             names.settle(model, graph)
             return model, name
