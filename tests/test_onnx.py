@@ -261,6 +261,27 @@ def test_a_model_widened_for_its_noise_is_the_same_afterwards(family: str):
     assert model(**words).logits.dtype is torch.float32
 
 
+def test_a_large_head_is_widened_in_parts(monkeypatch: pytest.MonkeyPatch):
+    """The same float64, to its own rounding, without all of it at once; afterwards the head is what it was."""
+    import torch
+
+    from adaptkit.export import wide
+
+    model, words = model_of("Phi"), {"input_ids": torch.tensor([[1, 5, 9]])}
+    assert model.lm_head.bias is not None
+    with torch.no_grad():
+        with wide.widened(model):
+            whole = model(**words).logits
+        monkeypatch.setattr(wide, "LARGE", 100)
+        split, pieces = torch.Tensor.split, []
+        monkeypatch.setattr(torch.Tensor, "split", lambda t, *a: pieces.append(split(t, *a)) or pieces[-1])
+        with wide.widened(model):
+            parts = model(**words).logits
+    assert max(len(p) for p in pieces) == 32 and max(t.numel() for p in pieces for t in p) <= 100
+    assert (parts - whole).abs().max() < 1e-14
+    assert "forward" not in vars(model.lm_head)
+
+
 def test_every_family_of_the_table_is_one_that_a_task_is_known_for():
     """The table in docs/onnx.md names no family that config.json would not lead to."""
     found = {family: task_of({"architectures": [kind], "model_type": _type(config), "is_encoder_decoder": two})

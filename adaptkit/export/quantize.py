@@ -1,18 +1,20 @@
 """Smaller numbers in a finished graph, by ONNX Runtime's own tools.
 
 int8: weights per channel, activations as they come (per tensor, its default, is clearly worse).
-int4: blocks of 32 weights with one scale, of matrix products only.
+int4: blocks of 32 weights with one scale, of matrix products; large embeddings in 8 bits, once where they are tied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import Mismatch, quoted
 from . import extra
+from .embeddings import shortened
 from .swappable import products
 from .trace import quiet
 
@@ -69,11 +71,47 @@ def _int4(file: Path, made: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    model, left = onnx.load(file, load_external_data=False), _left(file)
+    _lend(model, file.parent)
+    shortened(model, left)
     tool = MatMulNBitsQuantizer(
-        onnx.load(file), bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=_left(file)
+        model, bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=left
     )
     tool.process()
+    _fetch(tool.model.model.graph.initializer, file.parent)
     tool.model.save_model_to_file(str(made), True)
+
+
+def _lend(model: Any, folder: Path) -> None:
+    """Let the tool read the matrices it turns into small ones from the file, one after the other, and load the rest."""
+    products = {n.input[1] for n in model.graph.node if n.op_type == "MatMul"}
+    rest = []
+    for tensor in model.graph.initializer:
+        if tensor.name in products and len(tensor.dims) == 2 and tensor.external_data:
+            _at(tensor, str(folder.resolve() / _said(tensor)["location"]))
+        else:
+            rest.append(tensor)
+    _fetch(rest, folder)
+
+
+def _fetch(tensors: Iterable[Any], folder: Path) -> None:
+    """Load what still lies in a graph's data file."""
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    for tensor in tensors:
+        if tensor.external_data:
+            _at(tensor, Path(_said(tensor)["location"]).name)
+            load_external_data_for_tensor(tensor, str(folder))
+            del tensor.external_data[:]
+            tensor.data_location = tensor.DEFAULT
+
+
+def _said(tensor: Any) -> dict[str, str]:
+    return {e.key: e.value for e in tensor.external_data}
+
+
+def _at(tensor: Any, location: str) -> None:
+    next(e for e in tensor.external_data if e.key == "location").value = location
 
 
 def _left(file: Path) -> list[str]:

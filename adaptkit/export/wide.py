@@ -1,6 +1,7 @@
 """A model that computes one size up, one module's numbers at a time: how much of an answer is rounding.
 
-float32 -> float64, float16 and bfloat16 -> float32. The widened numbers live while their module runs.
+float32 -> float64, float16 and bfloat16 -> float32. The widened numbers live while their module runs; a head or an
+embedding of a large vocabulary is widened in parts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+LARGE = 1 << 22  # numbers that are widened at once
 WIDE = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -29,8 +32,10 @@ def widened(model: nn.Module) -> Iterator[nn.Module]:
             return type(value)(up(v) for v in value)
         return {k: up(v) for k, v in value.items()} if type(value) is dict else value
 
+    parts = [m for m in model.modules() if _in_parts(m)]
+
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        kept[module] = [(t, t.data) for t in _own(module) if t.dtype is narrow]
+        kept[module] = [(t, t.data) for t in _own(module) if t.dtype is narrow and module not in parts]
         for t, data in kept[module]:
             t.data = data.to(wide)
         return up(args), up(kwargs)
@@ -40,6 +45,8 @@ def widened(model: nn.Module) -> Iterator[nn.Module]:
             t.data = data
 
     handles = []
+    for module in parts:
+        module.forward = _piecewise(module, wide)
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, always_call=True))
@@ -48,8 +55,30 @@ def widened(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
+        for module in parts:
+            del module.forward
         for module in reversed(list(kept)):
             after(module)
+
+
+def _in_parts(module: nn.Module) -> bool:
+    """Whether a module is a plain one with many numbers. One with a forward of its own is left alone."""
+    plain = type(module) in (nn.Linear, nn.Embedding) and not list(module.children())
+    return plain and module.weight.numel() > LARGE and "forward" not in vars(module)  # type: ignore[operator]
+
+
+def _piecewise(module: nn.Module, wide: torch.dtype) -> Any:
+    """The forward of a large module whose numbers are widened piece by piece, each as it is needed."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if isinstance(module, nn.Embedding):
+        return lambda ids: F.embedding(ids, weight).to(wide)
+    rows = max(1, LARGE // weight.shape[1])
+
+    def forward(x: Tensor) -> Tensor:
+        y = torch.cat([F.linear(x, w.to(wide)) for w in weight.split(rows)], -1)
+        return y if module.bias is None else y + module.bias.to(wide)  # type: ignore[operator]
+
+    return forward
 
 
 def _own(module: nn.Module) -> list[Tensor]:
