@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -52,6 +54,28 @@ def test_overwrite_never_replaces_a_file_of_the_base(tmp_path: Path):
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == b"precious"
     adaptkit.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers")
     assert adaptkit.read(tmp_path / "y.safetensors").meta["format"] == "diffusers"
+
+
+KILLED = """
+import os, sys
+from adaptkit.verbs import convert
+convert._swap = lambda *_: os._exit(9)
+convert.convert(*sys.argv[1:4], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("to, name", [("peft", "out"), ("kohya", "out.safetensors")])
+def test_a_run_that_dies_before_the_swap_is_no_hindrance(to: str, name: str, tmp_path: Path):
+    """The old output stays; the same command again replaces it, and nothing is left beside it."""
+    source, out = (LORA, tmp_path / name) if to == "peft" else (KOHYA, tmp_path / name)
+    adaptkit.convert(source, out, to)
+    old = tree(tmp_path)
+    died = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out), to])
+    assert died.returncode == 9 and len(list(tmp_path.iterdir())) == 2
+    assert {k: v for k, v in tree(tmp_path).items() if "adaptkit-new" not in k} == old
+
+    adaptkit.convert(source, out, to, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_the_root_is_no_output(capfd: pytest.CaptureFixture[str]):

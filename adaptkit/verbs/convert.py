@@ -358,20 +358,32 @@ def _written(adapter: Adapter, wish: _Wish) -> list[Note]:
     options = _how(wish)
     if not wish.overwrite or not wish.output.exists():
         return write_adapter(adapter, wish.output, wish.to, **options)
-    fresh = wish.output.with_name(f"{wish.output.stem}.new{wish.output.suffix}")
-    if fresh.exists():
-        raise Usage("is in the way", where=fresh, hint="delete it")
-    notes = write_adapter(adapter, fresh, wish.to, **options)
-    if not fresh.is_dir():
-        os.replace(fresh, wish.output)
-    elif disk.exchange(fresh, wish.output):
-        shutil.rmtree(fresh)
-    else:
-        raise Mismatch(
-            "cannot be replaced in one step on this file system", where=wish.output, hint=f"the new one is {fresh}"
-        )
+    fresh = wish.output.with_name(f".{wish.output.stem}.adaptkit-new{wish.output.suffix}")
+    _forget(fresh)  # left by a run that was killed before the two were swapped
+    try:
+        notes = write_adapter(adapter, fresh, wish.to, **options)
+        _swap(fresh, wish.output)
+    finally:
+        _forget(fresh)
     disk.sync_folder(wish.output.absolute().parent)
     return notes
+
+
+def _swap(fresh: Path, old: Path) -> None:
+    """Put a new file or folder where the old one is, in one step."""
+    if not fresh.is_dir():
+        os.replace(fresh, old)
+    elif not disk.exchange(fresh, old):
+        hint = "delete it first, or choose another output"
+        raise Mismatch("cannot be replaced in one step on this file system", where=old, hint=hint)
+
+
+def _forget(path: Path) -> None:
+    """Delete a file or folder of our own, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
