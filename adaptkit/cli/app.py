@@ -32,7 +32,8 @@ COMMANDS = {
     "push": "Push a model or an adapter to the Hub, in one commit or one pull request.",
     "plugins": "List the installed tuners and formats.",
 }
-RESUMED = {"merge", "unmerge", "convert", "pull", "push"}  # commands that go on where an earlier run was stopped
+# commands that go on where an earlier run was stopped
+RESUMED = {"merge", "unmerge", "convert", "export-onnx", "pull", "push"}
 COMPLETE = "_ADAPTKIT_COMPLETE"  # what shells ask through; README says how to switch it on
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 

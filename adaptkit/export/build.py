@@ -43,7 +43,7 @@ def graphs(model: nn.Module, task: Task) -> list[Graph]:
     """
     try:
         return {"decoder": _decoder, "encoder": _encoder, "seq2seq": _seq2seq}[task.kind](model, task)
-    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as e:
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError) as e:
         raise Mismatch(f"{_kind(model)} does not run on the inputs of {task.name}: {quoted(e)}") from e
 
 

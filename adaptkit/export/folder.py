@@ -13,11 +13,12 @@ from .graph import Graph
 LEFT = (".py",)  # code of strangers, which no ONNX program runs
 
 
-def config_text(config: Mapping[str, Any], names: Sequence[str], dtype: str) -> bytes:
-    """config.json, with the words by which transformers.js finds the data files."""
-    known = dict(config)
-    data = {f"{name}.onnx": 1 for name in names}
-    known["transformers.js_config"] = {**known.get("transformers.js_config", {}), "use_external_data_format": data}
+def config_text(config: Mapping[str, Any], names: Sequence[str], dtype: str, kind: str) -> bytes:
+    """config.json, with the words by which transformers.js finds the data files.    kind: the class that was traced."""
+    known = {k: v for k, v in config.items() if k != "auto_map"}  # it names code, which stays behind
+    known["architectures"] = [kind]
+    data, said = {f"{name}.onnx": 1 for name in names}, known.get("transformers.js_config")
+    known["transformers.js_config"] = {**(said if isinstance(said, dict) else {}), "use_external_data_format": data}
     if dtype == "float16":
         known["transformers.js_config"]["kv_cache_dtype"] = {"fp16": "float16"}
     return text(known)
@@ -30,7 +31,8 @@ def beside(
     for file, name in extras:
         if name != "config.json" and Path(name).suffix not in LEFT:
             yield name, file
-    yield "config.json", config_text(config, [g.name for g in graphs], dtype)
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper around one
+    yield "config.json", config_text(config, [g.name for g in graphs], dtype, type(bare).__name__)
     there = {name for _, name in extras}
     if "generation_config.json" not in there and getattr(model, "generation_config", None) is not None:
         yield "generation_config.json", (model.generation_config.to_json_string() + "\n").encode()

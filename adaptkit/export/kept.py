@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -76,8 +77,9 @@ def kept(adapters: Sequence[Adapter]) -> Kept:
     found: dict[str, Adapter] = {}
     for adapter in adapters:
         name = _name(adapter)
-        times = sum(1 for n in found if n == name or re.fullmatch(re.escape(name) + r"_\d+", n))
-        name = f"{name}_{times + 1}" if times else name
+        taken = {n.casefold() for n in found}  # some disks do not tell A from a
+        numbered = (f"{name}_{i}" for i in itertools.count(2))
+        name = next(n for n in itertools.chain([name], numbered) if n.casefold() not in taken)
         try:
             slots.only_weights(adapter)
         except Mismatch as e:

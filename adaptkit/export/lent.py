@@ -12,6 +12,7 @@ from .. import live
 from ..adapter import Adapter
 from ..errors import Mismatch, Usage, some
 from ..live.tokens import meant, standing
+from .task import Task, own_task
 
 NAME = "adaptkit_export_{}"
 
@@ -26,7 +27,9 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 def dtype_of(model: nn.Module, asked: str | None) -> str:
-    """The dtype of a live model. Raises Usage when another one was asked for."""
+    """The dtype of a live model. Raises Usage when another one was asked for, Mismatch when it has several, or no numbers."""
+    if away := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise Mismatch(f"the model has no numbers for {some(away)} (meta tensors)", where="MODEL", hint="load it first")
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     if len(dtypes) != 1:
         raise Mismatch(f"the model's numbers are of several kinds ({', '.join(sorted(dtypes))})", hint="cast it to one")
@@ -36,6 +39,18 @@ def dtype_of(model: nn.Module, asked: str | None) -> str:
             f"the live model is {found}, not {asked}", where="--dtype", hint="cast the model, or export its folder"
         )
     return found
+
+
+def suited(model: nn.Module, task: Task) -> None:
+    """Raises Mismatch for a live model that is made for something else, or cannot be seen into: its head is what it is."""
+    kind, own = type(model).__name__, own_task(config_of(model))
+    if type(model).__module__.partition(".")[0] == "peft" and task.kind != "encoder":
+        hint = "export its base with the adapter's folder, or call merge_and_unload() first"
+        raise Mismatch(f"a {kind} of PEFT hides what its model reads", where="MODEL", hint=hint)
+    if own is not None and own is not task:
+        raise Mismatch(
+            f"a {kind} is made for {own.name}", where=f"--task {task.name}", hint="leave it out, or load another class"
+        )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 UNUSED = ("pooler.",)  # heads of an encoder that its features can do without
 
 
-def load(folder: Path, task: Task, dtype: str) -> nn.Module:
+def load(folder: Path, task: Task, dtype: str, changed: Collection[str] = ()) -> nn.Module:
     """The model of a folder, for a task, ready to run. Numbers stay in the mapped file where their dtype is theirs.
 
-    Raises Mismatch when no class of transformers fits, or the folder lacks tensors of the task's head.
+    changed: tensors that an adapter changed, which must not be left out.
+    Raises Mismatch when no class of transformers fits, the folder lacks tensors of the task's head, the task has no
+    place for a changed one, or a number is too large for the dtype.
     """
     import transformers
 
@@ -31,13 +34,20 @@ def load(folder: Path, task: Task, dtype: str) -> nn.Module:
         with quiet(), torch.no_grad():
             model, info = auto.from_pretrained(
                 folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, local_files_only=True,
-                output_loading_info=True,
+                output_loading_info=True, return_dict=True,
             )  # fmt: skip
     except AdaptKitError:
         raise
-    except (ValueError, OSError, ImportError, KeyError, RuntimeError, TypeError, AttributeError) as e:
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, ArithmeticError) as e:
+        if "ignore_mismatched_sizes" in str(e):  # that is advice to fill the gaps at random
+            raise Corrupt("tensors have other shapes than config.json says", where=folder) from e
         raise Mismatch(f"transformers does not load it for {task.name}: {_line(e)}", where=folder) from e
     _whole(model, info, folder, task)
+    if lost := sorted(set(changed) & set(map(str, info.get("unexpected_keys", ())))):
+        text = f"{task.name} leaves out {some(lost)}, which the adapter brings"
+        raise Mismatch(text, where=folder, hint="choose the task it was trained for with --task")
+    if dtype == "float16":
+        _fits(model, folder)
     return model.eval().requires_grad_(False)
 
 
@@ -52,10 +62,14 @@ def _whole(model: nn.Module, info: dict[str, Any], folder: Path, task: Task) -> 
     if missing:
         hint = "is it trained for another task? choose it with --task"
         raise Mismatch(f"holds no {some(missing)}, which {task.name} needs", where=folder, hint=hint)
-    if wrong := info.get("mismatched_keys"):
-        raise Corrupt(
-            f"tensors differ from config.json in shape: {some(sorted(str(k[0]) for k in wrong))}", where=folder
-        )
+
+
+def _fits(model: nn.Module, folder: Path) -> None:
+    """Raises Mismatch for numbers that became infinite when they were cast to float16."""
+    large = [n for n, p in model.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]
+    if large:
+        text = f"numbers of {some(large)} are too large for float16"
+        raise Mismatch(text, where=folder, hint="use --dtype float32")
 
 
 def unload(model: nn.Module) -> None:

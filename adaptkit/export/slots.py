@@ -108,7 +108,11 @@ def _of(modules: Mapping[str, nn.Module], path: str, site: Site) -> Numbers:
 
 def _slotted(modules: Mapping[str, nn.Module], path: str, site: Site) -> nn.Module:
     """The module of a site. Raises Mismatch for one that is no matrix of its own."""
-    at, parameter = place(modules, path)
+    try:
+        at, parameter = place(modules, path)
+    except Mismatch:
+        text = f"{quoted(path)} is no module of this model under that name, so it has no slot"
+        raise Mismatch(text, hint=f"{MERGE} and knows older names") from None
     module, kind = modules[at], type(modules[at]).__name__
     if parameter == "weight" and not is_read(module) and (isinstance(module, nn.Linear) or kind == "Conv1D"):
         return module

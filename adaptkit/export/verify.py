@@ -1,6 +1,6 @@
 """Whether a graph computes what the model computes: |graph - torch| <= max(t * largest output, 4 * |torch - torch one size up|).
 
-t: 1e-5 for float32, 1e-2 for float16 and bfloat16. Sizes other than the traced ones, padded batches, a cache that grows
+t: 1e-5 for float32, 1e-2 for float16, 1e-1 for bfloat16. Sizes other than the traced ones, padded batches, a cache that grows
 by one and by several tokens, and texts continued greedily. Torch answers first, so that its model may go before the
 graph is loaded.
 """
@@ -102,6 +102,7 @@ def exam(model: nn.Module, kind: str, names: list[str], say: Say = print) -> Exa
     """Ask torch's model everything. names: of the outputs that count.
 
     model: as it is to be exported, with whatever acts on it; it is only run.
+    Raises Mismatch when torch does not run it, or what it says is no number.
     """
     say("asking torch")
     player = Torch(model, kind, names)
@@ -118,6 +119,10 @@ def exam(model: nn.Module, kind: str, names: list[str], say: Say = print) -> Exa
         raise Mismatch(
             f"torch does not run the model here: {quoted(e)}", hint="--no-verify exports it unchecked"
         ) from e
+    if not all(np.isfinite(v).all() for steps in made.answers.steps for step in steps for v in step.values()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        hint = "are its weights sound?" if dtype == "float32" else "use --dtype float32"
+        raise Mismatch(f"torch itself gives NaN or infinity for the model in {dtype}", hint=hint)
     made.noise = _noise(model, made, player)
     return made
 
