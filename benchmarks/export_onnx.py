@@ -73,7 +73,7 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=1)
     words.add_argument("--layers", type=int, default=28)
     words.add_argument("--route", choices=["transformers", "torch"], default="transformers")
-    words.add_argument("--quantize", action="store_true", help="int8 and int4 as well")
+    words.add_argument("--quantize", action="store_true", help="each kind of quantising as well")
     words.add_argument("--dtype", action="store_true", help="float16 as well")
     options = words.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -87,7 +87,7 @@ def main() -> None:
     }
     if options.dtype:
         commands["adaptkit --dtype float16"] = [*ours, "--dtype", "float16"]
-    for kind in ("int8", "int4") if options.quantize else ():
+    for kind in ("int8", "int8_weight_only", "int4") if options.quantize else ():
         commands[f"adaptkit --quantize {kind} --no-verify"] = [*ours, "--quantize", kind, "--no-verify"]
     found = rounds(commands, options.rounds, lambda: clean(out))
     size = sum(f.stat().st_size for f in base.glob("*.safetensors"))

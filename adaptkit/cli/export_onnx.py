@@ -21,7 +21,9 @@ from .progress import bar
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Numbers to write; float32 when left out."
 )
 @click.option(
-    "--quantize", type=click.Choice(["int8", "int4"]), help="Quantise the graphs, and say how much that changes."
+    "--quantize",
+    type=click.Choice(["int8", "int8_weight_only", "int4"]),
+    help="Quantise the graphs, and say how much that changes. int8 rounds activations as well, the others weights only.",
 )
 @click.option(
     "--task",

@@ -1,7 +1,8 @@
 """Smaller numbers in a finished graph, by ONNX Runtime's own tools.
 
 int8: weights per channel, activations as they come (per tensor, its default, is clearly worse).
-int4: blocks of 32 weights with one scale, of matrix products; large embeddings in 8 bits, once where they are tied.
+int8_weight_only, int4: blocks of 32 weights with one scale, of matrix products; large embeddings in 8 bits, once where
+they are tied.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from .swappable import products
 from .trace import quiet
 
 BLOCK = 32
+BITS = {"int8_weight_only": 8, "int4": 4}
 
 
 def quantised(file: Path, kind: str) -> None:
-    """Quantise a graph in its place. kind: "int8" or "int4".
+    """Quantise a graph in its place. kind: "int8", "int8_weight_only" or "int4".
 
     Raises Mismatch when the tool does not take the graph.
     """
@@ -31,7 +33,7 @@ def quantised(file: Path, kind: str) -> None:
     try:
         with quiet(), _beside(file):
             _forget(file)
-            {"int8": _int8, "int4": _int4}[kind](file, made)
+            _int8(file, made) if kind == "int8" else _blocks(file, made, BITS[kind])
     except (ValueError, RuntimeError, KeyError, NotImplementedError, TypeError, AttributeError) as e:
         raise Mismatch(
             f"cannot be quantised to {kind}: {quoted(e)}", where=file.name, hint="leave --quantize out"
@@ -67,7 +69,7 @@ def _int8(file: Path, made: Path) -> None:
     )  # fmt: skip
 
 
-def _int4(file: Path, made: Path) -> None:
+def _blocks(file: Path, made: Path, bits: int) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -75,7 +77,7 @@ def _int4(file: Path, made: Path) -> None:
     _lend(model, file.parent)
     shortened(model, left)
     tool = MatMulNBitsQuantizer(
-        model, bits=4, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=left
+        model, bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=left
     )
     tool.process()
     _fetch(tool.model.model.graph.initializer, file.parent)

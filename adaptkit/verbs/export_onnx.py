@@ -53,7 +53,8 @@ def export_onnx(
 
     model: a folder, a Hub id, or a live transformers model.    adapters: folders, files, Hub ids or Adapter values, in order.
     output: a folder that appears when it is complete.      weights: how much of each update is taken, 1 when left out.
-    dtype: "float32" (the default), "float16" or "bfloat16"; a live model keeps its own.     quantize: "int8" or "int4".
+    dtype: "float32" (the default), "float16" or "bfloat16"; a live model keeps its own.     quantize: "int8", "int8_weight_only" or
+    "int4".
     task: a name of the Hub's, such as "text-generation"; read from config.json when left out.
     device: where the graphs are tried, "auto", "cpu" or "cuda".      opset: of ONNX, 18 to 23; 20 when left out.
     no_verify: do not compare the graphs with torch.      dry_run: say what would be made, and write nothing.

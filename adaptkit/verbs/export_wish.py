@@ -16,11 +16,9 @@ from ..store.hub import called
 from .inputs import Progress, adapters_of, weights_of
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-QUANTIZE = ("int8", "int4")
-START = {
-    "int8": (None, "float32"),
-    "int4": (None, "float32", "float16"),
-}  # ONNX Runtime's int8 reads float32 activations
+QUANTIZE = ("int8", "int8_weight_only", "int4")
+# ONNX Runtime's int8 reads float32 activations
+START = {"int8": (None, "float32")} | dict.fromkeys(QUANTIZE[1:], (None, "float32", "float16"))
 DEVICES = ("auto", "cpu", "cuda")
 VIRTUAL = ("prompt", "ptuning", "prefix")
 
