@@ -81,7 +81,7 @@ REFUSED = {
     "bfloat16 unchecked without a GPU": ({"dtype": "bfloat16", "no_verify": True}, "no bfloat16 Add and Mul on a CPU"),
     "opset": ({"opset": 99}, "99 is not between 18 and 23"),
     "dtype": ({"dtype": "float8"}, "not one of float32"),
-    "quantize": ({"quantize": "int2"}, "not one of int8, int4"),
+    "quantize": ({"quantize": "int2"}, "not one of int8, int8_weight_only, int4"),
     "device": ({"device": "tpu"}, "not one of auto, cpu, cuda"),
     "weights of nothing": ({"weights": [1.0]}, "there are none"),
     "quantising float16": ({"quantize": "int8", "dtype": "float16"}, "int8 does not start from float16"),

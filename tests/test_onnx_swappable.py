@@ -19,7 +19,13 @@ from torch import nn
 import adaptkit
 from adaptkit.errors import Mismatch, Usage
 
-pytestmark = [pytest.mark.slow, pytest.mark.peft, pytest.mark.filterwarnings("ignore")]
+# each model is exported once: in one process
+pytestmark = [
+    pytest.mark.xdist_group("swappable"),
+    pytest.mark.slow,
+    pytest.mark.peft,
+    pytest.mark.filterwarnings("ignore"),
+]
 NEAR = 2e-5
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "v_proj"]
