@@ -678,6 +678,20 @@ def test_the_partial_folder_of_another_job_is_not_touched(place):
     assert toy_job(place, overwrite=True) == 0
 
 
+def test_a_run_that_begins_while_another_finishes_says_so(place, monkeypatch):
+    """The journal is listed, and gone before it is read: no input is corrupt."""
+    interrupted_job(place)
+    read = journal.read
+
+    def late(folder: Path):
+        (folder / journal.NAME).unlink()
+        return read(folder)
+
+    monkeypatch.setattr(journal, "read", late)
+    with pytest.raises(System, match="another run finished while this one began"):
+        toy_output(place)
+
+
 def test_a_folder_that_only_looks_like_ours_is_not_touched(place):
     """OUT.partial without a journal may be anything."""
     (place / "out.partial").mkdir()

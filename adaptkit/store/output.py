@@ -105,7 +105,13 @@ class Output:
     def _left(self, there: set[str]) -> tuple[str | None, dict[str, dict]]:
         """The plan of what is there and its records; "" if it is ours but the plan is lost, None if it is not ours."""
         if journal.NAME in there:
-            plan, done, self._damaged = journal.read(self.partial)
+            try:
+                plan, done, self._damaged = journal.read(self.partial)
+            except Corrupt as e:
+                if os.path.lexists(self.partial / journal.NAME):
+                    raise
+                hint = "run the same command again"
+                raise System("another run finished while this one began", where=self.target, hint=hint) from e
             return plan or "", done
         if MANIFEST in there and _published(self.target)[0] != self.plan:
             return _published(self.partial)  # stopped just before the last rename; not if this is what was swapped out
