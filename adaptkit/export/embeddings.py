@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-BITS, BLOCK = 8, 32
+BITS, BLOCK = 8, 32  # the block of the other matrices as well
 LARGE = 1 << 20  # numbers; smaller ones are not worth an operation that fewer runtimes have
 DOMAIN = "com.microsoft"
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from ..errors import Mismatch, quoted
 from . import extra
-from .embeddings import shortened
+from .embeddings import BLOCK, shortened
+from .outside import point, where
 from .swappable import products
 from .trace import quiet
 
-BLOCK = 32
 BITS = {"int8_weight_only": 8, "int4": 4}
 
 
@@ -61,11 +61,12 @@ def _forget(file: Path) -> None:
 
 
 def _int8(file: Path, made: Path) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
         file, made, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True,
-        nodes_to_exclude=_left(file),
+        nodes_to_exclude=products(onnx.load(file, load_external_data=False)),
     )  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def _blocks(file: Path, made: Path, bits: int) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    model, left = onnx.load(file, load_external_data=False), _left(file)
+    model = onnx.load(file, load_external_data=False)
+    left = products(model)
     _lend(model, file.parent)
     shortened(model, left)
     tool = MatMulNBitsQuantizer(
@@ -86,11 +88,11 @@ def _blocks(file: Path, made: Path, bits: int) -> None:
 
 def _lend(model: Any, folder: Path) -> None:
     """Let the tool read the matrices it turns into small ones from the file, one after the other, and load the rest."""
-    products = {n.input[1] for n in model.graph.node if n.op_type == "MatMul"}
+    multiplied = {n.input[1] for n in model.graph.node if n.op_type == "MatMul"}
     rest = []
     for tensor in model.graph.initializer:
-        if tensor.name in products and len(tensor.dims) == 2 and tensor.external_data:
-            _at(tensor, str(folder.resolve() / _said(tensor)["location"]))
+        if tensor.name in multiplied and len(tensor.dims) == 2 and tensor.external_data:
+            point(tensor, location=folder.resolve() / where(tensor)["location"])
         else:
             rest.append(tensor)
     _fetch(rest, folder)
@@ -102,25 +104,10 @@ def _fetch(tensors: Iterable[Any], folder: Path) -> None:
 
     for tensor in tensors:
         if tensor.external_data:
-            _at(tensor, Path(_said(tensor)["location"]).name)
+            point(tensor, location=Path(where(tensor)["location"]).name)
             load_external_data_for_tensor(tensor, str(folder))
             del tensor.external_data[:]
             tensor.data_location = tensor.DEFAULT
-
-
-def _said(tensor: Any) -> dict[str, str]:
-    return {e.key: e.value for e in tensor.external_data}
-
-
-def _at(tensor: Any, location: str) -> None:
-    next(e for e in tensor.external_data if e.key == "location").value = location
-
-
-def _left(file: Path) -> list[str]:
-    """Products with what an adapter brings: the tools would take the default, which is nothing, for a weight."""
-    import onnx
-
-    return products(onnx.load(file, load_external_data=False))
 
 
 def _replace(made: Path, file: Path) -> None:
@@ -142,18 +129,12 @@ def _replace(made: Path, file: Path) -> None:
 
 def _renamed(again: Path, file: Path, data: str) -> None:
     import onnx
+    from onnx.external_data_helper import _get_all_tensors
 
     graph = onnx.load(again, load_external_data=False)
-    for tensor in _tensors(graph):
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = file.name + data
+    for tensor in _get_all_tensors(graph):
+        if tensor.external_data:
+            point(tensor, location=file.name + data)
     onnx.save(graph, file)
     again.unlink()
     again.with_name(again.name + data).rename(file.with_name(file.name + data))
-
-
-def _tensors(graph) -> list:  # type: ignore[no-untyped-def]
-    from onnx.external_data_helper import _get_all_tensors
-
-    return list(_get_all_tensors(graph))

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .outside import point, where
+
 Place = tuple[str, int, int]  # data file, offset, length
 BLOCK = 1 << 22
 
@@ -28,7 +30,8 @@ def share(first: Path, second: Path) -> int:
     new = old.with_name(old.name + ".new")
     with open(new, "wb") as out:
         for tensor, place, known in moved:
-            _point(tensor, known or (old.name, _append(out, second.parent, place), place[2]))
+            name, offset, length = known or (old.name, _append(out, second.parent, place), place[2])
+            point(tensor, location=name, offset=offset, length=length)
     new.replace(old)
     if not old.stat().st_size:
         old.unlink()
@@ -39,16 +42,9 @@ def share(first: Path, second: Path) -> int:
 def _places(graph: Any) -> Iterator[tuple[Any, Place]]:
     """The tensors of a graph whose numbers lie outside, and where."""
     for tensor in graph.graph.initializer:
-        said = {e.key: e.value for e in tensor.external_data}
+        said = where(tensor)
         if said.get("location") and int(said.get("length", 0)):
             yield tensor, (said["location"], int(said.get("offset", 0)), int(said["length"]))
-
-
-def _point(tensor: Any, place: Place) -> None:
-    del tensor.external_data[:]
-    for key, value in zip(("location", "offset", "length"), place, strict=True):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, str(value)
 
 
 def _digest(folder: Path, place: Place) -> bytes:

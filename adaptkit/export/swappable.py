@@ -111,6 +111,9 @@ def optional(traced: Any, shapes: Shapes) -> None:
 
 
 def products(model: Any) -> list[str]:
-    """The nodes of an onnx.ModelProto that multiply by what a slot holds: quantisation must leave them alone."""
+    """The nodes of an onnx.ModelProto that multiply by what a slot holds: quantisation must leave them alone.
+
+    The tools would take the default, which is nothing, for a weight.
+    """
     lent = {i.name for i in model.graph.input} & {i.name for i in model.graph.initializer}
     return [node.name for node in model.graph.node if lent & set(node.input)]

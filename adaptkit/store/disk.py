@@ -7,6 +7,7 @@ import errno
 import fcntl
 import math
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def exchange(one: Path, other: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(one))
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a whole folder. Raises OSError when it is not there: then somebody else is at work."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def room(path: Path) -> tuple[float, float]:

@@ -132,7 +132,7 @@ class Output:
             here = Path(folder)
             for name in {*names, *folders}:
                 if here / name not in keep:
-                    _delete(here / name)
+                    disk.delete(here / name)
             folders[:] = [name for name in folders if here / name in keep]
 
     # -- one run at a time
@@ -390,7 +390,7 @@ class Output:
     def _step_aside(self) -> None:
         """The swap where the system has none: for an instant there is no OUT, but both folders are whole."""
         if os.path.lexists(self.aside):
-            _delete(self.aside)
+            disk.delete(self.aside)
         os.rename(self.target, self.aside)
         try:
             os.rename(self.partial, self.target)
@@ -456,13 +456,6 @@ def _read(fd: int, at: int, source: Path) -> bytes:
         return os.pread(fd, BLOCK, at)
     except OSError as error:
         raise System(f"cannot be read ({error.strerror})", where=source) from error
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _delete_old(folder: Path) -> None:

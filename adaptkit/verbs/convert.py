@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 import warnings
@@ -31,8 +30,8 @@ from ..store.hub import called, place
 from ..store.output import Output
 from ..store.shards import open_shards
 from .detect import ADAPTERS, ENDINGS, SHARDED, UNKNOWN, WHOLE, container, detect, strange
-from .inputs import dtype_of, size_of
-from .merge import _Counter, as_text, check_pickles, write_text
+from .inputs import Counter, dtype_of, size_of
+from .merge import as_text, check_pickles, write_text
 from .receipt import about
 
 Progress = Callable[[int, int], None]
@@ -203,7 +202,7 @@ def _inside(checkpoint: Checkpoint) -> list[Note]:
 
 
 def _write(plan: Plan, wish: _Wish, done: Converted, inputs: list[Path]) -> None:
-    local = Local(None, _Counter(plan.nbytes, wish.progress))
+    local = Local(None, Counter(plan.nbytes, wish.progress))
     out = Output(
         wish.output,
         plan=plan.fingerprint(),
@@ -359,12 +358,14 @@ def _written(adapter: Adapter, wish: _Wish) -> list[Note]:
     if not wish.overwrite or not wish.output.exists():
         return write_adapter(adapter, wish.output, wish.to, **options)
     fresh = wish.output.with_name(f".{wish.output.stem}.adaptkit-new{wish.output.suffix}")
-    _forget(fresh)  # left by a run that was killed before the two were swapped
+    if os.path.lexists(fresh):  # left by a run that was killed before the two were swapped
+        disk.delete(fresh)
     try:
         notes = write_adapter(adapter, fresh, wish.to, **options)
         _swap(fresh, wish.output)
     finally:
-        _forget(fresh)
+        if os.path.lexists(fresh):
+            disk.delete(fresh)
     disk.sync_folder(wish.output.absolute().parent)
     return notes
 
@@ -376,14 +377,6 @@ def _swap(fresh: Path, old: Path) -> None:
     elif not disk.exchange(fresh, old):
         hint = "delete it first, or choose another output"
         raise Mismatch("cannot be replaced in one step on this file system", where=old, hint=hint)
-
-
-def _forget(path: Path) -> None:
-    """Delete a file or folder of our own, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

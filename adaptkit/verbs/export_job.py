@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import AdaptKitWarning
 from ..store.output import Output
 from .export_wish import Wish, named
-from .inputs import Progress
+from .inputs import Counter
 from .merge import write_text
 
 
@@ -21,9 +21,10 @@ from .merge import write_text
 class Exported:
     """What was exported.
 
-    files: bytes of each graph with its numbers, 0 in a rehearsal.    route: which exporter traced it.    checked: what comparing with torch
-    found, None when it was not done.    quantized: the same for the quantised graph, against the one before.
-    bytes: of everything; of a rehearsal, what the disk must have room for.    seconds: it took.    written: False for a rehearsal.
+    files: bytes of each graph with its numbers, 0 in a rehearsal.    route: which exporter traced it.
+    checked: what comparing with torch found, None when it was not done.    quantized: the same for the quantised graph,
+    against the one before.    bytes: of everything; of a rehearsal, what the disk must have room for.
+    seconds: it took.    written: False for a rehearsal.
     swapped: what there is to say of each adapter beside the graph.    virtual: tokens that are built into it.
     """
 
@@ -93,7 +94,7 @@ class Job:
         self.made.virtual = virtual.count(module)
         if self.wish.verify:
             self._asked(module, built)
-        count = _Bytes(sum(p.numel() * p.element_size() for p in module.parameters()), self.wish.progress)
+        count = Counter(sum(p.numel() * p.element_size() for p in module.parameters()), self.wish.progress)
         for graph in built:
             self.wish.say(f"tracing {graph.name}")
             written = write(graph, work, self.wish.opset, count)
@@ -202,15 +203,3 @@ def receipt(base: str, made: Exported, wish: Wish) -> dict[str, Any]:
         **({"swappable": made.swapped} if made.swapped else {}),
         **({"quantized": asdict(made.quantized)} if made.quantized else {}),
     }
-
-
-class _Bytes:
-    """Adds up the bytes of tensors for a progress function."""
-
-    def __init__(self, total: int, report: Progress | None):
-        self.total, self.report, self.done = total, report, 0
-
-    def __call__(self, n: int) -> None:
-        self.done += n
-        if self.report:
-            self.report(min(self.done, self.total), self.total)

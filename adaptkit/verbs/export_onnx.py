@@ -86,7 +86,7 @@ def _is_live(model: Any) -> bool:
 
 
 def _exported(checkpoint: Checkpoint, task: Any, wish: Wish) -> Exported:
-    taken = stamps([*checkpoint.files, *(f for a in wish.every for f in files_of(a))])
+    taken = _taken(checkpoint, wish)
     plan = _planned(checkpoint, wish)
     out = _output(checkpoint, wish, _fingerprint(taken, plan, wish))
     with out:
@@ -105,11 +105,15 @@ def _exported(checkpoint: Checkpoint, task: Any, wish: Wish) -> Exported:
 
 def _rehearsed(checkpoint: Checkpoint, task: Any, wish: Wish) -> Exported:
     """What an export would make, with everything checked that needs no numbers."""
-    taken = stamps([*checkpoint.files, *(f for a in wish.every for f in files_of(a))])
-    _output(checkpoint, wish, _fingerprint(taken, _planned(checkpoint, wish), wish))
+    _output(checkpoint, wish, _fingerprint(_taken(checkpoint, wish), _planned(checkpoint, wish), wish))
     if wish.kept:
         _slotted(checkpoint, wish)
     return _promised(task, wish.dtype or "float32", _need(checkpoint, wish), wish)
+
+
+def _taken(checkpoint: Checkpoint, wish: Wish) -> Stamps:
+    """What is read, as it is now."""
+    return stamps([*checkpoint.files, *(f for a in wish.every for f in files_of(a))])
 
 
 def _slotted(checkpoint: Checkpoint, wish: Wish) -> None:

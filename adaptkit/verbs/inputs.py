@@ -24,6 +24,18 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KI
 Progress = Callable[[int, int], None]
 
 
+class Counter:
+    """Adds up bytes from all threads for a progress function."""
+
+    def __init__(self, total: int, report: Progress | None):
+        self.total, self.report, self.done = total, report, 0
+
+    def __call__(self, n: int) -> None:
+        self.done += n  # a lost update would only delay the bar
+        if self.report:
+            self.report(min(self.done, self.total), self.total)
+
+
 def model_of(source: str | Path, progress: Progress | None = None) -> Checkpoint:
     """A model in a folder, a file or a repository of the Hub."""
     return opened(place(source, "model", progress=progress))

@@ -26,7 +26,7 @@ from ..store.disk import write_all
 from ..store.entry import Entry
 from ..store.hub import Ref, called
 from ..store.output import Output
-from .inputs import Progress, Source, adapters_of, base_of, dtype_of, files_of, model_of, size_of, weights_of
+from .inputs import Counter, Progress, Source, adapters_of, base_of, dtype_of, files_of, model_of, size_of, weights_of
 from .push import Wish, push_folder, writable
 from .receipt import Known, receipt
 
@@ -210,7 +210,7 @@ def execute(
     possible(engine, workers)
     where = checked(device)
     checkpoint, total = plan.checkpoint, plan.nbytes
-    done = _Counter(total, progress)
+    done = Counter(total, progress)
     local = Local(workers, done, plan.options.get("allow_nonfinite", False), where)
     inputs = [checkpoint.path, *plan.adapters]
     out = Output(
@@ -305,15 +305,3 @@ def survived(plan: Plan, found: Survival, merged: Merged) -> None:
     if found.zero:
         text = "every base weight that was looked at is zero; is the base damaged?"
         warnings.warn(text, AdaptKitWarning, stacklevel=2)
-
-
-class _Counter:
-    """Adds up bytes from all threads for a progress function."""
-
-    def __init__(self, total: int, report: Callable[[int, int], None] | None):
-        self.total, self.report, self.done = total, report, 0
-
-    def __call__(self, n: int) -> None:
-        self.done += n  # a lost update would only delay the bar
-        if self.report:
-            self.report(min(self.done, self.total), self.total)
