@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +199,11 @@ def test_a_live_model_is_exported_and_is_what_it_was(tmp_path: Path):
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(torch.equal(before[n], after[n]) for n in before)
     assert model.training and all(p.requires_grad for p in model.parameters())
+
+    seen = [weakref.ref(p) for p in model.parameters()]
+    del model, after, adapter
+    gc.collect()
+    assert not [w for w in seen if w() is not None], "tracing leaves nothing behind that holds a model's numbers"
 
 
 def test_the_direct_route_gives_the_same_graph(tmp_path: Path):

@@ -13,7 +13,7 @@ from places import FIXTURES
 
 import adaptkit
 from adaptkit import Adapter, LoRA, Site
-from adaptkit.errors import Mismatch, Usage
+from adaptkit.errors import Corrupt, Mismatch, Usage
 from adaptkit.export.task import task_of
 
 LLAMA, LORA = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "llama" / "lora"
@@ -130,6 +130,26 @@ def test_settings_that_do_not_fit_the_numbers_are_refused_in_words(tmp_path: Pat
     with pytest.raises(adaptkit.AdaptKitError, match=f"base: .*{words}"):
         adaptkit.export_onnx(tmp_path / "base", (), tmp_path / "out", no_verify=True)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_nan_is_not_called_too_large(tmp_path: Path):
+    """The model is broken, whatever the dtype."""
+    model = model_of("Llama")
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(Corrupt, match="base: model.norm.weight holds NaN"):
+        adaptkit.export_onnx(tmp_path / "base", (), tmp_path / "out", dtype="float16", no_verify=True)
+
+
+def test_a_live_model_that_gives_tuples_is_lent_with_names_and_gives_tuples_afterwards():
+    """ "return_dict": false of the live model's own config."""
+    from adaptkit.export.lent import lent
+
+    model = model_of("BERT, classes", return_dict=False)
+    words = {"input_ids": model.dummy_inputs["input_ids"] % 60}
+    with lent(model, [], None) as module:
+        assert module(**words).logits.shape == (3, 2)
+    assert isinstance(model(**words), tuple)
 
 
 def test_a_folder_that_asks_for_tuples_is_loaded_all_the_same(tmp_path: Path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import onnx_ir
 import pytest
 from onnxscript import rewriter
@@ -33,6 +36,17 @@ def test_a_rule_with_two_ends_still_finds_its_place():
     with quick_rules():
         quick = rewritten(HALVES)
     assert quick == plain == ["Split", "Neg", "Add"]
+
+
+def test_rules_forget_the_graph_they_were_tried_on():
+    """They live as long as the program, and a graph holds its model's numbers."""
+    model = onnx_ir.from_onnx_text(HALVES)
+    with quick_rules():
+        rewriter.rewrite(model)
+    seen = weakref.ref(model.graph)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_nodes_of_another_kind_are_not_tried(monkeypatch: pytest.MonkeyPatch):

@@ -65,9 +65,13 @@ def lent(model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float]
     if merged := [p for p, m in live.adapted_modules(model).items() if m.merged_adapters]:
         raise Mismatch(f"an adapter is merged into {some(merged)} at the moment", hint="unmerge it first, or absorb it")
     training = {m: m.training for m in model.modules()}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    tuples = [c for c in configs.values() if getattr(c, "return_dict", None) is False]
     put: list[str] = []
     mixed, acted = False, list(here.active) if (here := standing(model)) else []
     try:
+        for config in tuples:
+            config.return_dict = True  # outputs are found by their names
         with _aside(model):
             for i, adapter in enumerate(a for a in adapters if not meant(a)):
                 live.attach(model, adapter, name=NAME.format(i))
@@ -84,6 +88,8 @@ def lent(model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float]
             here.active = acted
         for module, flag in training.items():
             module.training = flag
+        for config in tuples:
+            config.return_dict = False
 
 
 def _give_back(model: nn.Module, put: list[str], merged: bool) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
+import gc
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import AdaptKitError, Corrupt, Mismatch, quoted, some
 from .task import Task
@@ -25,7 +23,8 @@ def load(folder: Path, task: Task, dtype: str, changed: Collection[str] = ()) ->
 
     changed: tensors that an adapter changed, which must not be left out.
     Raises Mismatch when no class of transformers fits, the folder lacks tensors of the task's head, the task has no
-    place for a changed one, or a number is too large for the dtype.
+    place for a changed one, or a number is too large for float16; Corrupt when shapes are not those of config.json, or a
+    number is NaN and float16 is asked for (checking finds it otherwise).
     """
     import transformers
 
@@ -65,30 +64,20 @@ def _whole(model: nn.Module, info: dict[str, Any], folder: Path, task: Task) -> 
 
 
 def _fits(model: nn.Module, folder: Path) -> None:
-    """Raises Mismatch for numbers that became infinite when they were cast to float16."""
-    large = [n for n, p in model.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]
+    """Raises Corrupt for numbers that are none, Mismatch for those that became infinite when they were cast to float16."""
+    large = {n: p for n, p in model.named_parameters() if not p.sum(dtype=torch.float32).isfinite()}
+    if none := [n for n, p in large.items() if p.isnan().any()]:
+        raise Corrupt(f"{some(none)} holds NaN", where=folder, hint="take another copy of the model")
     if large:
         text = f"numbers of {some(large)} are too large for float16"
         raise Mismatch(text, where=folder, hint="use --dtype float32")
 
 
 def unload(model: nn.Module) -> None:
-    """Let the numbers of a model that `load` made go; nobody may read them again.
-
-    Deleting the model is not enough: the exporters' caches keep some of what they saw, and with it the mapped file.
-    """
+    """Let the numbers of a model that `load` made go, whoever still holds it; nobody may read them again."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        _forgotten(tensor)
         tensor.data = tensor.new_empty(0)
-
-
-def _forgotten(tensor: Tensor) -> None:
-    """Give the pages that lie wholly inside a tensor back to the system, while it still owns them."""
-    start, page = tensor.data_ptr(), mmap.PAGESIZE
-    first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and end > first:
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    gc.collect()
 
 
 def _line(e: BaseException) -> str:

@@ -20,6 +20,7 @@ from .build import takes
 from .graph import Graph
 
 Arrays = dict[str, np.ndarray]
+COPIES = ["ConstantFolding"]  # turns a tied embedding around and holds both; products can read it as it lies
 SHORT = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
 
 
@@ -49,7 +50,7 @@ class Torch:
             self.mask = {"attention_mask": words["attention_mask"]} if "attention_mask" in words else {}
 
     def step(self, inputs: Arrays) -> Arrays:
-        """What the model says, as float64."""
+        """What the model says; half precision as float32."""
         words = self._tensors(inputs)
         if self.kind == "seq2seq":
             words = {"decoder_input_ids": words["input_ids"], "encoder_outputs": self.said, **self.mask}
@@ -57,7 +58,7 @@ class Torch:
             words |= {"past_key_values": self.cache, "use_cache": True}
         said = self._run(self.model, words)
         self.cache = getattr(said, "past_key_values", None)
-        return {n: self._own(getattr(said, n), words).double().cpu().numpy() for n in self.names}
+        return {n: _whole(self._own(getattr(said, n), words)).cpu().numpy() for n in self.names}
 
     def _own(self, value: Any, words: dict[str, Any]) -> Any:
         """An output without what it says of virtual tokens, which stand before the ones that were given."""
@@ -87,10 +88,13 @@ class Session:
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights
+        options.enable_cpu_mem_arena = False  # it keeps what the longest prompt needed
         exact = ("CUDAExecutionProvider", {"use_tf32": "0"})  # else products of float32 keep ten bits
         wanted = [exact] if device == "cuda" and exact[0] in runtime.get_available_providers() else []
         with explained(file):
-            self.session = runtime.InferenceSession(str(file), options, providers=[*wanted, "CPUExecutionProvider"])
+            self.session = runtime.InferenceSession(
+                str(file), options, providers=[*wanted, "CPUExecutionProvider"], disabled_optimizers=COPIES
+            )
         self.provider = self.session.get_providers()[0].removesuffix("ExecutionProvider")
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.names = [o.name for o in self.session.get_outputs()]
@@ -157,19 +161,27 @@ class Runtime:
                 self.said["encoder_attention_mask"] = source["attention_mask"]
 
     def step(self, inputs: Arrays) -> Arrays:
-        """What the graph says, as float64."""
+        """What the graph says; half precision as float32."""
         main, feeds = self._graph(), {**inputs, **self.past}
         if self.kind == "seq2seq":
             feeds |= self.said
         said = main.run(feeds)
         kept = {n.replace("present.", "past_key_values."): v for n, v in said.items() if n.startswith("present.")}
         self.past = self.past | kept
-        return {n: v.astype(np.float64) for n, v in said.items() if not n.startswith("present.")}
+        return {n: _whole_array(v) for n, v in said.items() if not n.startswith("present.")}
 
     def _graph(self) -> Session:
         if self.kind != "seq2seq":
             return self.sessions["model"]
         return self.sessions["decoder_with_past_model" if self.past else "decoder_model"]
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def _whole_array(value: np.ndarray) -> np.ndarray:
+    return value if value.dtype in (np.float32, np.float64) else value.astype(np.float32)
 
 
 def outputs_of(graphs: list[Graph]) -> list[str]:

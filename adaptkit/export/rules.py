@@ -1,4 +1,4 @@
-"""onnxscript's rewriting rules, tried faster: the graphs they make are the same, to the bit."""
+"""onnxscript's rewriting rules, tried faster, and made to forget: the graphs they make are the same, to the bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ def quick_rules() -> Iterator[None]:
     """Inside, a rule with several last operations is tried only on nodes that are the first of them.
 
     SimplePatternMatcher lists all nodes of the graph whenever such a rule is tried, which is on every node: a third of the
-    time of exporting 28 layers, for a rule about pairs of Slice. Without onnxscript as it is known, nothing changes.
+    time of exporting 28 layers, for a rule about pairs of Slice. Its rules live as long as the program and remember the last
+    node they saw, and through it the whole graph with the model's numbers; afterwards they do not. Without onnxscript as it
+    is known, nothing changes.
     """
     try:
         from onnxscript.rewriter._basics import MatchResult
@@ -21,8 +23,10 @@ def quick_rules() -> Iterator[None]:
         yield
         return
     original = SimplePatternMatcher.match
+    used: dict[int, Any] = {}
 
     def match(self: Any, model: Any, graph: Any, node: Any, **how: Any) -> Any:
+        used[id(self)] = self
         pattern = self.pattern
         if not pattern.has_single_output_node:
             first = pattern.output_nodes[0].op_identifier()
@@ -35,3 +39,5 @@ def quick_rules() -> Iterator[None]:
         yield
     finally:
         SimplePatternMatcher.match = original
+        for matcher in used.values():
+            matcher._match, matcher._current_node, matcher._graph = MatchResult(), None, None

@@ -35,7 +35,7 @@ def traced(graph: Graph, opset: int = OPSET) -> tuple[Any, str]:
     failures: list[Exception] = []
     for name, route in (("transformers.exporters", _transformers), ("torch.onnx", _torch)):
         try:
-            with quiet(), quick_rules(), torch.no_grad():
+            with quiet(), light(), quick_rules(), torch.no_grad():
                 model = route(graph, opset)
             names.settle(model, graph)
             return model, name
@@ -80,6 +80,32 @@ def _spelled(module: Any, words: list[str]) -> Iterator[None]:
         yield
     finally:
         module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def light() -> Iterator[None]:
+    """torch.export without what only serves to explain its graph, which is a third of what it holds.
+
+    The path of the source of every node, and operations' results by their symbolic shapes.
+    """
+    import torch._dynamo.config
+    import torch.fx.config
+
+    names = (
+        (torch.fx.config, "do_not_emit_stack_traces", True),
+        (torch._dynamo.config, "fake_tensor_cache_enabled", False),
+    )
+    before = [
+        (config, name, getattr(config, name)) for config, name, _ in names if hasattr(config, name)
+    ]  # not promised
+    try:
+        for config, name, value in names:
+            if hasattr(config, name):
+                setattr(config, name, value)
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
 
 
 @contextlib.contextmanager

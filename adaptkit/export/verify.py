@@ -177,7 +177,7 @@ def likeness(exam: Exam, player: Player) -> Likeness:
         for n in step
     ]
     cosines = np.concatenate([_cosines(a, b) for a, b in pairs])
-    apart, largest = max(_abs(a - b) for a, b in pairs), max(_abs(b) for _, b in pairs)
+    apart, largest = max(_abs(a - b.astype(np.float64)) for a, b in pairs), max(_abs(b) for _, b in pairs)
     found = Likeness(float(cosines.min()), float(np.median(cosines)), apart, largest)
     for mine, theirs in zip(said.tokens, truth.tokens, strict=True):
         found.greedy, found.of = found.greedy + int((mine == theirs).sum()), found.of + mine.size
@@ -188,7 +188,7 @@ def likeness(exam: Exam, player: Player) -> Likeness:
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The cosine of each two rows that belong together."""
-    a, b = (v.reshape(-1, v.shape[-1]) if v.ndim > 1 else v.reshape(1, -1) for v in (a, b))
+    a, b = (v.astype(np.float64).reshape(-1, v.shape[-1] if v.ndim > 1 else v.size) for v in (a, b))
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
 
 
@@ -222,7 +222,7 @@ def _apart(some: Any, others: Any) -> float:
     gaps = [0.0]
     for a, b in zip(some, others, strict=True):
         for mine, theirs in zip(a, b, strict=True):
-            gaps += [_abs(mine[n] - theirs[n]) for n in theirs]
+            gaps += [_abs(mine[n] - theirs[n].astype(np.float64)) for n in theirs]
     return float(np.max(gaps))  # NaN stays
 
 
