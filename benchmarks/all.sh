@@ -14,7 +14,7 @@ fi
 "$python" benchmarks/combine.py --full
 "$python" benchmarks/extract.py
 "$python" benchmarks/live.py
-"$python" benchmarks/export_onnx.py --layers 32 --dtype --quantize
+"$python" benchmarks/export_onnx.py --layers 32 --dtype --quantize --swappable
 if command -v nvidia-smi >/dev/null; then
   "$python" benchmarks/live.py --device cuda --layers 16 --hidden 2048
 fi

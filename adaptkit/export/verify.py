@@ -129,26 +129,33 @@ def exam(model: nn.Module, kind: str, names: list[str], say: Say = print) -> Exa
 
 def ask(player: Player, exam: Exam) -> Answers:
     """Everything that one side says."""
-    found = Answers()
+    texts = list(_texts(player, exam))
+    return Answers(list(_steps(player, exam)), [tokens for tokens, _ in texts], [margins for _, margins in texts])
+
+
+def _steps(player: Player, exam: Exam) -> Iterator[list[Arrays]]:
+    """What a side says in each step of one script after the other."""
     for script, source, inputs in zip(exam.scripts, exam.sources, exam.inputs, strict=True):
         player.begin(len(script.pads), source)
-        found.steps.append([_real(player.step(words), words) for words in inputs])
+        yield [_real(player.step(words), words) for words in inputs]
+
+
+def _texts(player: Player, exam: Exam) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens by which it continues each text, and their margins."""
     for script, source, inputs in exam.prompts:
-        tokens, margins = _continued(player, script, source, inputs[0], exam)
-        found.tokens.append(tokens)
-        found.margins.append(margins)
-    return found
+        yield _continued(player, script, source, inputs[0], exam)
 
 
 def compared(exam: Exam, player: Player) -> Checked:
     """The other side's answers beside torch's."""
-    said, truth = ask(player, exam), exam.answers
-    prefill = _apart((a[:1] for a in said.steps), (b[:1] for b in truth.steps))
-    decode = _apart((a[1:] for a in said.steps), (b[1:] for b in truth.steps))
+    truth, gaps = exam.answers, []
+    for mine, theirs in zip(_steps(player, exam), truth.steps, strict=True):  # one script's numbers at a time
+        gaps.append((_apart(mine[:1], theirs[:1]), _apart(mine[1:], theirs[1:])))
+    prefill, decode = (float(np.max(gap)) for gap in zip(*gaps, strict=True))  # NaN stays
     largest = max(_abs(v) for steps in truth.steps for step in steps for v in step.values())
     bound = max(exam.tolerance * max(largest, 1.0), NOISE * (exam.noise or 0.0))
     found = Checked(prefill, decode, exam.noise, bound, largest)
-    for mine, theirs, margins in zip(said.tokens, truth.tokens, truth.margins, strict=True):
+    for (mine, _), theirs, margins in zip(_texts(player, exam), truth.tokens, truth.margins, strict=True):
         _count(found, mine, theirs, margins)
     found.shapes = list(dict.fromkeys((v.shape[:2]) for steps in exam.inputs for words in steps for v in _first(words)))
     found.provider = getattr(player, "provider", "")
@@ -169,17 +176,15 @@ class Likeness:
 
 def likeness(exam: Exam, player: Player) -> Likeness:
     """A quantised graph's answers beside torch's. Raises Mismatch for answers that are no numbers."""
-    said, truth = ask(player, exam), exam.answers
-    pairs = [
-        (mine[n], step[n])
-        for a, b in zip(said.steps, truth.steps, strict=True)
-        for mine, step in zip(a, b, strict=True)
-        for n in step
-    ]
-    cosines = np.concatenate([_cosines(a, b) for a, b in pairs])
-    apart, largest = max(_abs(a - b.astype(np.float64)) for a, b in pairs), max(_abs(b) for _, b in pairs)
-    found = Likeness(float(cosines.min()), float(np.median(cosines)), apart, largest)
-    for mine, theirs in zip(said.tokens, truth.tokens, strict=True):
+    truth, cosines, apart, largest = exam.answers, [], [], []
+    for said, steps in zip(_steps(player, exam), truth.steps, strict=True):
+        for mine, theirs in ((a[n], b[n]) for a, b in zip(said, steps, strict=True) for n in b):
+            cosines.append(_cosines(mine, theirs))
+            apart.append(_abs(mine - theirs.astype(np.float64)))
+            largest.append(_abs(theirs))
+    every = np.concatenate(cosines)
+    found = Likeness(float(every.min()), float(np.median(every)), float(np.max(apart)), max(largest))
+    for (mine, _), theirs in zip(_texts(player, exam), truth.tokens, strict=True):
         found.greedy, found.of = found.greedy + int((mine == theirs).sum()), found.of + mine.size
     if not np.isfinite(found.difference):
         raise Mismatch("the quantised graph gives NaN or infinity; nothing was published", hint="leave --quantize out")
@@ -218,11 +223,10 @@ def _count(found: Checked, mine: np.ndarray, theirs: np.ndarray, margins: np.nda
             found.of, found.ties = found.of + int(end) + 1, found.ties + 1
 
 
-def _apart(some: Any, others: Any) -> float:
+def _apart(some: list[Arrays], others: list[Arrays]) -> float:
     gaps = [0.0]
-    for a, b in zip(some, others, strict=True):
-        for mine, theirs in zip(a, b, strict=True):
-            gaps += [_abs(mine[n] - theirs[n].astype(np.float64)) for n in theirs]
+    for mine, theirs in zip(some, others, strict=True):
+        gaps += [_abs(mine[n] - theirs[n].astype(np.float64)) for n in theirs]
     return float(np.max(gaps))  # NaN stays
 
 
@@ -240,7 +244,7 @@ def _noise(model: nn.Module, exam: Exam, player: Torch) -> float | None:
             with how:
                 player.begin(1, source)
                 said.append(player.step(words))
-    found = _apart([said[:1]], [said[1:]]) if len(said) == 2 else math.nan
+    found = _apart(said[:1], said[1:]) if len(said) == 2 else math.nan
     return found if math.isfinite(found) else None
 
 
