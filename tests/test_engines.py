@@ -193,7 +193,8 @@ def test_a_tied_embedding_under_another_name_is_not_changed_on_the_sly(tmp_path:
 
 def test_one_very_long_row_is_read_once(tmp_path: Path):
     """A tensor that only changes its dtype has no rows to keep together."""
-    from adaptkit.engines.blocks import Tensor, Workspace
+    from adaptkit.engines.blocks import Tensor
+    from adaptkit.engines.workspace import Workspace
     from adaptkit.verbs.merge import planned
 
     row = torch.arange(3_000_000).reshape(1, -1).bfloat16()

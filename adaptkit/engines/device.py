@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..errors import Usage
 from ..store.arrays import NUMPY, WORDS
-from .blocks import LIMITS, Tensor, Workspace
+from .blocks import ELEMENTS, Tensor
+from .limits import LIMITS
 from .plan import Change, Target
+from .workspace import Workspace
 
 BITS = {2: "int16", 4: "int32", 8: "int64"}  # NumPy has no bfloat16 that torch would take
 
@@ -71,8 +72,6 @@ class DeviceTensor(Tensor):
         return None
 
     def _looks(self, first: int) -> bool:
-        from .blocks import ELEMENTS
-
         return bool(self.target.changes) and (first // ELEMENTS) % self.sample == 0
 
     def _up(self, raw: np.ndarray, dtype: str) -> Any:
@@ -137,17 +136,6 @@ def stream(space: Workspace, device: Any) -> contextlib.AbstractContextManager:
     if "stream" not in space.device:
         space.device["stream"] = torch.cuda.Stream()
     return torch.cuda.stream(space.device["stream"])
-
-
-def on_device(function: Callable, device: Any) -> Callable:
-    """A tuner's function for NumPy arrays, run on torch tensors."""
-    import torch
-
-    def run(W: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)).to(device) for k, v in p.items()}
-        return function(torch.from_numpy(W).to(device), tensors).detach().cpu().numpy()
-
-    return run
 
 
 def _torch(dtype: str) -> Any:

@@ -32,8 +32,12 @@ from ..store.safepaths import read_small
 from ..store.safetensors import header
 from ..store.torchzip import Layout, laid_out
 from . import layout
-from .blocks import LIMITS, Survival, Tensor, Workspace, became_zero, in_range, looked, started, whole
+from .blocks import Tensor
+from .limits import LIMITS, became_zero, in_range
 from .plan import Plan, Target
+from .survival import Survival, looked
+from .whole import started, whole
+from .workspace import Workspace
 
 BLOCK = 4 << 20  # bytes written at once
 SEGMENT = 8 * BLOCK  # bytes one thread takes at once

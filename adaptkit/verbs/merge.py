@@ -15,11 +15,11 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..engines import checks, layout
-from ..engines.blocks import Survival, share
 from ..engines.device import checked
 from ..engines.draft import draft
 from ..engines.local import Local
 from ..engines.plan import Plan
+from ..engines.survival import Survival, share
 from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, quoted
 from ..store.checkpoint import Checkpoint, stamps, unchanged
 from ..store.disk import write_all

@@ -22,10 +22,10 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..engines import layout
-from ..engines.blocks import Survival
 from ..engines.device import checked
 from ..engines.local import Local
 from ..engines.plan import Plan, Target
+from ..engines.survival import Survival
 from ..errors import AdaptKitError, AdaptKitWarning, Hub, System
 from ..store import disk, journal
 from ..store.arrays import load

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engines.blocks import ELEMENTS, Survival, Tensor, Workspace, share
+from ..engines.blocks import ELEMENTS, Tensor
 from ..engines.local import expected, single_threaded_blas
 from ..engines.plan import Plan, Target
+from ..engines.survival import Survival, share
+from ..engines.workspace import Workspace
 from ..errors import Corrupt, Mismatch, Usage, quoted, some
 from ..store.arrays import FLOATS, NUMPY, WORDS, working
 from ..store.checkpoint import Checkpoint, read_json, warn
