@@ -16,6 +16,7 @@ from places import FIXTURES
 
 from adaptkit import Adapter, AdaptKitError, AdaptKitWarning, Site, combine, read, resize, write
 from adaptkit.cli.app import run
+from adaptkit.errors import Mismatch
 from adaptkit.store.arrays import load
 from adaptkit.tuners.experts import ExpertLoRA
 from adaptkit.tuners.ia3 import IA3
@@ -203,6 +204,30 @@ def test_dare_depends_on_the_seed_alone():
     )
 
     assert (first == again).all() and (first != other).any()
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path: Path):
+    """Sites are worked on side by side, and stand in the result as before; the receipt does not say how many did it."""
+    for name, seed in (("a", 0), ("b", 10)):
+        sites = {f"net.{i}": lora(seed + i, out=40 + i, path=f"net.{i}").sites[f"net.{i}"] for i in range(7)}
+        write(Adapter(sites), tmp_path / name)
+    for workers in (1, 3):
+        out, given = tmp_path / f"out{workers}", [str(tmp_path / "a"), str(tmp_path / "b")]
+        how = ["--method", "dare_ties_svd", "--density", "0.5", "--workers", str(workers)]
+        assert run(["combine", *given, "-o", str(out), *how]) == 0
+
+    names = sorted(p.name for p in (tmp_path / "out1").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "out3").iterdir()) and "adapter_model.safetensors" in names
+    assert [n for n in names if (tmp_path / "out1" / n).read_bytes() != (tmp_path / "out3" / n).read_bytes()] == []
+
+
+def test_a_worker_that_fails_is_heard():
+    """The first site that does not fit ends the whole, with its name."""
+    sites = {f"net.{i}": lora(i, path=f"net.{i}").sites[f"net.{i}"] for i in range(4)}
+    for name in ("A", "B"):
+        sites["net.2"].params[name] *= np.float32(1e30)
+    with pytest.raises(Mismatch, match="net.2: the result does not fit float32"):
+        combined([Adapter(sites)], method="ties_svd", density=0.5, workers=2)
 
 
 def test_convolutions_embeddings_and_experts_keep_their_shapes():

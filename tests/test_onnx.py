@@ -181,9 +181,10 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path):
 
 def players(family: str, kind: str, names: list[str]):
     from adaptkit.export import players, verify
+    from adaptkit.export.exam import exam
 
     model = model_of(family)
-    return verify.exam(model, kind, names, lambda text: None), model, players.Torch(model, kind, names), verify
+    return exam(model, kind, names, lambda text: None), model, players.Torch(model, kind, names), verify
 
 
 def test_a_model_passes_its_own_exam():

@@ -212,16 +212,17 @@ def test_the_direct_route_gives_the_same_graph(tmp_path: Path):
 
     from adaptkit.export import names, players, trace, verify
     from adaptkit.export.build import decoder
+    from adaptkit.export.exam import exam
     from adaptkit.export.write import save
 
     model = model_of("Mixtral")
     graph = decoder(model)
-    exam = verify.exam(model, "decoder", ["logits"], lambda text: None)
+    asked = exam(model, "decoder", ["logits"], lambda text: None)
     with trace.quiet(), torch.no_grad():
         made = trace._torch(graph, 20)
     names.settle(made, graph)
     save(made, tmp_path / "model.onnx")
-    found = verify.compared(exam, players.Runtime({"model": tmp_path / "model.onnx"}, "decoder"))
+    found = verify.compared(asked, players.Runtime({"model": tmp_path / "model.onnx"}, "decoder"))
 
     assert found.ok and found.greedy == 80
     assert found.prefill < 1e-5

@@ -165,12 +165,12 @@ def test_a_folder_that_asks_for_tuples_is_loaded_all_the_same(tmp_path: Path):
 
 def test_torch_giving_nan_is_not_a_difference_of_the_graph():
     """Nobody should report a model whose own numbers overflow as a bug of the export."""
-    from adaptkit.export import verify
+    from adaptkit.export.exam import exam
 
     model = model_of("Llama")
     model.lm_head.weight.data[0, 0] = float("inf")
     with pytest.raises(Mismatch, match="torch itself gives NaN or infinity for the model in float32"):
-        verify.exam(model, "decoder", ["logits"], lambda text: None)
+        exam(model, "decoder", ["logits"], lambda text: None)
 
 
 def on_meta() -> Any:

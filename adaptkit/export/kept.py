@@ -41,7 +41,7 @@ class Kept:
 
     def ask(self, model: nn.Module, kind: str, names: list[str], say: Any) -> None:
         """Let torch answer with each of the adapters on its model."""
-        from .verify import exam
+        from .exam import exam
 
         for name, adapter in self.adapters.items():
             live.attach(model, adapter, name=NAME, freeze=False)

@@ -57,6 +57,7 @@ def combine(
     seed: int = 0,
     take: int | None = None,
     device: str = "auto",
+    workers: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Combined:
@@ -68,7 +69,8 @@ def combine(
     clamp: quantile to cut the svd methods' factors at.     density: share that ties, dare and magnitude_prune keep.
     majority_sign: "total" or "frequency", how ties elects a sign.       seed: of what dare drops.
     take: number, from 1, of the adapter whose replaced tensors are kept where adapters differ.
-    device: "auto", "cpu" or "cuda".    progress: called with (sites, of sites).
+    device: "auto", "cpu" or "cuda".    workers: threads of the other _svd methods, with two matrices each.
+    progress: called with (sites, of sites).
 
     Raises Usage, Corrupt, Mismatch or System. docs/combine.md has the formulas.
     """
@@ -76,10 +78,14 @@ def combine(
     read = adapters_of(adapters)
     for adapter in read:
         thin.check_numbers(adapter)
-    how = _recipe(read, method, weights, rank, clamp, density, majority_sign, seed, device)
+    how = _recipe(read, method, weights, rank, clamp, density, majority_sign, seed, device, workers)
     made = _combined(read, how, take, checked(device), progress)
     _warn_of_nothing(made)
-    options = {"verb": "combine", "take": take, **{k: v for k, v in vars(how).items() if k != "device"}}
+    options = {
+        "verb": "combine",
+        "take": take,
+        **{k: v for k, v in vars(how).items() if k not in ("device", "workers")},
+    }
     beside, receipt = tokenizer(read, take), said(options, read)
     write(made, Path(output), overwrite=overwrite, inputs=paths_of(read), beside=beside, said=receipt)
     found = described(made, Path(output), how)
@@ -104,13 +110,14 @@ def combined(
     seed: int = 0,
     take: int | None = None,
     device: Any = None,
+    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Adapter:
     """The same on Adapter values in memory. Params may be torch tensors; those of the result are NumPy float32.
 
     device: a torch device to compute on, None for NumPy. The rest as `combine`.
     """
-    how = _recipe(adapters, method, weights, rank, clamp, density, majority_sign, seed, str(device or "cpu"))
+    how = _recipe(adapters, method, weights, rank, clamp, density, majority_sign, seed, str(device or "cpu"), workers)
     return _combined(list(adapters), how, take, device, progress)
 
 

@@ -106,10 +106,11 @@ class Job:
 
     def _asked(self, model: Any, built: Sequence[Any]) -> None:
         """Let torch answer, alone and with each adapter that stays beside the graph."""
-        from ..export import players, verify
+        from ..export import players
+        from ..export.exam import exam
 
         names = players.outputs_of(built)
-        self.exam = verify.exam(model, self.task.kind, names, self.wish.say)
+        self.exam = exam(model, self.task.kind, names, self.wish.say)
         if self.wish.kept:
             self.wish.kept.ask(model, self.task.kind, names, self.wish.say)
 

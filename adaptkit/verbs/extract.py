@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import zlib
 from collections.abc import Callable, Collection
@@ -30,7 +29,7 @@ from ..store.checkpoint import Checkpoint, stamps, unchanged, warn
 from ..store.hub import called, origin
 from ..store.hub.ghost import glance
 from . import stacks
-from .inputs import dtype_of, model_of
+from .inputs import dtype_of, model_of, workers_of
 from .merge import check_pickles, unhurried
 from .receipt import about
 from .targets import rule_of
@@ -106,7 +105,7 @@ def extract(
     asked = _Asked(rank, energy, max_rank, seed, checked(device))
     work = _Work.planned(finetuned, base, output, target_modules, layers, overwrite, progress)
     word = WORDS[dtype_of(dtype) or "float32"]
-    workers = _workers(workers)
+    workers = workers_of(workers)
     for checkpoint in (work.finetuned, work.base):
         check_pickles(checkpoint)
     found = _gathered(work, _run(work, asked, workers, partial, progress or (lambda done, total: None)))
@@ -195,12 +194,6 @@ def _select(modules: str | Collection[str] | None, layers: str | Collection[int]
     by_pattern = isinstance(chosen, str)
     numbers = parse_layers(layers) if isinstance(layers, str) else layers
     return Select(pattern=chosen if by_pattern else None, names=None if by_pattern else chosen, layers=numbers)
-
-
-def _workers(workers: int | None) -> int:
-    if workers is not None and workers < 1:
-        raise Usage(f"{workers} workers cannot do anything", where="--workers")
-    return workers or min(os.cpu_count() or 1, 8)
 
 
 def _refuse_left(left: Collection[Pair], partial: bool) -> None:
@@ -413,7 +406,7 @@ def rehearsed(finetuned: str | Path, base: str | Path, output: str | Path, **opt
     most = min(asked.rank or 1 << 30, asked.most or 1 << 30)
     size = {"float32": 4, "keep": 4}.get(options["dtype"], 2)
     # D once, and once more while its residual is made out
-    memory = 8 * max((m * n for m, n in shapes), default=0) * _workers(options["workers"])
+    memory = 8 * max((m * n for m, n in shapes), default=0) * workers_of(options["workers"])
     rest = [p for p in work.pairs.found if p not in sites]
     return Rehearsed(
         lora=[p.module for p in sites],

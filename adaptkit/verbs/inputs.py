@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,13 @@ def dtype_of(dtype: str | None) -> str | None:
     if dtype not in WORDS or dtype == "float64":
         raise Usage(f"{quoted(dtype)!r} is not one of keep, float32, bfloat16, float16", where="--dtype")
     return dtype
+
+
+def workers_of(workers: int | None) -> int:
+    """A number of threads: of those that hold a large matrix each, one per core and no more than 8 when left out."""
+    if workers is not None and workers < 1:
+        raise Usage(f"{workers} workers cannot do anything", where="--workers")
+    return workers or min(os.cpu_count() or 1, 8)
 
 
 def size_of(text: str | int | None) -> int | None:

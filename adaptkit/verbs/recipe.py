@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import Usage, quoted
-from .inputs import weights_of
+from .inputs import weights_of, workers_of
 
 BLENDS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd")
@@ -17,7 +17,10 @@ LARGEST_RANK = 65_536
 
 @dataclass(frozen=True)
 class Recipe:
-    """method: one of METHODS.    weights: one for each adapter.    rank: None for the largest of the inputs', per site."""
+    """method: one of METHODS.    weights: one for each adapter.    rank: None for the largest of the inputs', per site.
+
+    workers: threads of the methods that need dense matrices.
+    """
 
     method: str
     weights: tuple[float, ...]
@@ -27,6 +30,7 @@ class Recipe:
     majority: str
     seed: int
     device: str
+    workers: int
 
     @property
     def blend(self) -> str:
@@ -48,6 +52,7 @@ def recipe(
     majority: str,
     seed: int,
     device: str,
+    workers: int | None = None,
 ) -> Recipe:
     """The options as a Recipe. Raises Usage for one that makes no sense, or that the method has no use for."""
     if method not in METHODS:
@@ -61,7 +66,7 @@ def recipe(
         raise Usage(f"{clamp} is not a quantile above 0 and up to 1", where="--clamp")
     return Recipe(
         method, tuple(weights_of(weights, count)), rank, clamp, _density(method, density), _majority(method, majority),
-        int(seed), device,
+        int(seed), device, workers_of(workers),
     )  # fmt: skip
 
 

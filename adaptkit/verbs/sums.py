@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from ..adapter import Adapter, Site
 from ..algebra import blend, lowrank
 from ..algebra.randomised import Thin, truncated
+from ..engines.local import single_threaded_blas
 from ..errors import Mismatch, Usage, quoted
 from ..store.arrays import load, shape_of
 from . import thin
@@ -30,11 +32,22 @@ def loras(adapters: Sequence[Adapter], how: Recipe, device: Any, done: Done) -> 
         made = _svd(places, how, device, done)
     else:
         one = _cat if how.method == "cat" else _dense if how.is_svd else _factors
-        made = {}
-        for path, terms in places:
-            made[path] = _packed(path, terms, how, *one(path, terms, how, device))
-            done(1)
+        made = _each(places, one, how, device, done)
     return _biased({path: made[path] for path, _ in places})
+
+
+def _each(places: list[Place], one: Callable[..., Any], how: Recipe, device: Any, done: Done) -> Sites:
+    """Site by site; dense matrices, which take time and are many, by several workers."""
+    made: Sites = {}
+    with single_threaded_blas(), ThreadPoolExecutor(how.workers if one is _dense and device is None else 1) as pool:
+        try:
+            jobs = [pool.submit(one, path, terms, how, device) for path, terms in places]
+            for (path, terms), job in zip(places, jobs, strict=True):
+                made[path] = _packed(path, terms, how, *job.result())
+                done(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return made
 
 
 def gathered(adapters: Sequence[Adapter]) -> list[Place]:
