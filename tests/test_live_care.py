@@ -307,6 +307,12 @@ def test_mistakes_on_live_models_are_sentences():
     model, x, adapter = in_two_places()
     with pytest.raises(Usage, match="a string"):
         attach(model, adapter, name=None)
+    with pytest.raises(Usage, match="the model is a str"):
+        attach("model", adapter)
+    with pytest.raises(Usage, match="the tuner is a str"):
+        attach(model, "lora", Select(names=["0"]))
+    with pytest.raises(Mismatch, match="a selection says which modules"):
+        attach(model, LoRA(r=2), "0")
     attach(model, adapter)
     for names in ([], "default"):
         with pytest.raises(Usage, match="list of names"), live.by_rows(model, names):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from models import inputs_of, loaded
+from peft.utils import constants
 from peft_zoo import IDS, Sizes, bert, gpt2, llama, t5
 from places import FIXTURES
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from torch import nn
 
 import adaptkit.peft as ours
 from adaptkit.errors import AdaptKitError, AdaptKitWarning
+from adaptkit.peft import defaults
+from adaptkit.tuners.experts import LAYOUT
 
 pytestmark = pytest.mark.peft
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
@@ -91,7 +94,7 @@ def test_names_shapes_settings_counts_and_outputs_are_peft_s(model: str, kind: s
     assert {k: (v.shape, v.dtype) for k, v in b.items()} == {k: (v.shape, v.dtype) for k, v in a.items()}
     assert here.get_nb_trainable_parameters() == there.get_nb_trainable_parameters()
     settings = here.peft_config["default"].to_dict()
-    assert settings == there.peft_config["default"].to_dict() | {"peft_version": None}
+    assert settings == there.peft_config["default"].to_dict() | {"peft_version": LAYOUT}
     agree(there, here)
 
 
@@ -327,7 +330,7 @@ def test_generating_is_equal(model: str):
     there, here = twins(model, "lora", task_type="CAUSAL_LM")
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
-    assert type(here) is ours.PeftModelForCausalLM
+    assert isinstance(here, ours.PeftModelForCausalLM)
     assert torch.equal(here.generate(input_ids=IDS, **kwargs), there.generate(input_ids=IDS, **kwargs))
     assert here.config is here.get_base_model().config
     assert here.base_model.model is here.get_base_model()
@@ -393,7 +396,7 @@ def test_an_encoder_and_decoder_generates_as_in_peft():
     here = ours.get_peft_model(base, ours.LoraConfig(task_type=ours.TaskType.SEQ_2_SEQ_LM))
     share(there, here)
 
-    assert type(here) is ours.PeftModelForSeq2SeqLM
+    assert isinstance(here, ours.PeftModelForSeq2SeqLM)
     a, b = (m.eval().generate(input_ids=IDS, max_new_tokens=5, do_sample=False) for m in (there, here))
     assert torch.equal(b, a)
     torch.testing.assert_close(here(input_ids=IDS, labels=IDS).loss, there(input_ids=IDS, labels=IDS).loss)
@@ -452,6 +455,17 @@ def test_models_have_targets_by_default(kind: str):
     assert names
     if kind not in ("distilbert", "vit"):
         assert names == set(theirs.get_peft_model_state_dict(quietly(theirs.get_peft_model, twin, theirs.LoraConfig())))
+
+
+def test_every_type_that_peft_knows_has_its_targets():
+    """Also those that are not built here."""
+    wanted = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert {kind: defaults.LORA[kind] for kind in wanted} == wanted
+    modules, inputs = (
+        constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+        constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    )
+    assert {kind: defaults.IA3[kind] for kind in modules} == {kind: (modules[kind], inputs[kind]) for kind in modules}
 
 
 OFF = [

@@ -21,7 +21,7 @@ class Adapted(Wrapper):
     """y = the base layer's output with every active adapter applied, in order.
 
     base_layer: the module as it was, or another Adapted when several parameters of one module are adapted.
-    parameter: the one that is adapted; unless it is "weight", the module runs with the changed parameter in its place.
+    parameter: the one that is adapted.
     """
 
     def __init__(self, base_layer: nn.Module, parameter: str = "weight"):
@@ -62,6 +62,11 @@ class Adapted(Wrapper):
         self.active = [n for n in self.active if n != name]
         return Site(*self.tuners.pop(name).kept(params))
 
+    @property
+    def inside(self) -> bool:
+        """Whether the module runs with the changed parameter in its place, instead of the update beside its output."""
+        return self.parameter != "weight" or any(t.inside for t in self.tuners.values())
+
     def names(self) -> Collection[str]:
         return self.tuners
 
@@ -73,7 +78,7 @@ class Adapted(Wrapper):
 
     def through(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         acting = [n for n in names if n in self.tuners and n not in self.merged_adapters]
-        if acting and self.parameter != "weight":
+        if acting and self.inside:
             return self._with_parameter(acting, args, kwargs)
         call: Any = self.base_layer
         for name in acting:
@@ -94,7 +99,7 @@ class Adapted(Wrapper):
         """The parameters that adapters change."""
         yield self.parameter
         changed = any(self.tuners[n].changes_bias(self.of(n)) for n in names)
-        if self.parameter != "weight" or not changed:
+        if self.inside or not changed:
             return
         if getattr(self.bare(), "bias", None) is not None:
             yield "bias"

@@ -14,6 +14,7 @@ from ..errors import Mismatch, Usage, quoted, some
 from ..select import Select
 from ..store.arrays import load
 from ..tuners.base import Tuner
+from ..tuners.experts import LAYOUT, is_turned
 from . import loose, tokens
 from .adapted import Adapted, Read
 from .replaced import Replaced
@@ -70,7 +71,9 @@ def attach(
 
 
 def _free(model: nn.Module, name: str) -> None:
-    """Raises Usage or Mismatch for what cannot be a new adapter's name."""
+    """Raises Usage or Mismatch for what is no model, and what cannot be a new adapter's name."""
+    if not isinstance(model, nn.Module):
+        raise Usage(f"the model is a {type(model).__name__}, which is no torch module")
     if not isinstance(name, str):
         raise Usage(f"an adapter's name is a string, not {quoted(name)}")
     if name in attached(model):
@@ -100,7 +103,9 @@ def detach(model: nn.Module, name: str = "default") -> Adapter:
 def _off(model: nn.Module, name: str) -> Adapter:
     """Take off what is there of an adapter in weights."""
     modules = {path: m for path, m in adapted_modules(model).items() if name in m.tuners}
-    adapter = Adapter(sites={path: m.remove(name) for path, m in modules.items()}, whole=dict(loose.take(model, name)))
+    about = packed(modules, name)
+    sites = {path: m.remove(name) for path, m in modules.items()}
+    adapter = Adapter(sites=sites, whole=dict(loose.take(model, name)), about=about)
     there = [m for m in wrappers(model) if isinstance(m, Adapted)]
     for module in there:
         module.active = [n for n in module.active if n in module.tuners]
@@ -250,7 +255,8 @@ def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
 
 
 def _site(path: str, module: Adapted) -> str:
-    return path if module.parameter in ("weight", "in_proj_weight") else f"{path}.{module.parameter}"
+    whole = module.parameter == "in_proj_weight" or not module.inside
+    return path if whole else f"{path}.{module.parameter}"
 
 
 def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
@@ -315,7 +321,9 @@ def _wrap(module: nn.Module, parameter: str, site: Site) -> Adapted:
 
 
 def _fresh(model: nn.Module, tuner: Tuner, select: Select | None) -> dict[str, Site]:
-    if select is None:
+    if not isinstance(tuner, Tuner):
+        raise Usage(f"the tuner is a {type(tuner).__name__}; give a tuner such as LoRA(r=8), or an Adapter")
+    if not callable(select):
         raise Mismatch("a selection says which modules a fresh adapter stands on", hint='such as Select(r".*q_proj")')
     modules = unwrapped(model)
     sites = {}
@@ -340,7 +348,8 @@ def _given(model: nn.Module, adapter: Adapter) -> dict[str, Site]:
         module = modules[at]
         params = {k: torch.as_tensor(load(v, None if k in INTEGERS else "f4")) for k, v in site.params.items()}
         shape = tuple(getattr(module, parameter).shape)
-        tuner = site.tuner.fit(shape, {k: tuple(v.shape) for k, v in params.items()}, turned(module))
+        square = _turned_stack(module, adapter) if site.tuner.name == "experts" else turned(module)
+        tuner = site.tuner.fit(shape, {k: tuple(v.shape) for k, v in params.items()}, square)
         sites[path] = Site(tuner, {**tuner.start(module), **params})
     return sites
 
@@ -370,6 +379,18 @@ def turned(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
+def _turned_stack(module: nn.Module, adapter: Adapter) -> bool:
+    """Whether a square stack of experts, or a bare square matrix, is (in, out) for an adapter."""
+    return is_turned(str(adapter.about.get("peft_version") or ""), getattr(module, "is_transposed", False))
+
+
+def packed(modules: Mapping[str, Adapted], name: str) -> dict[str, str]:
+    """How an adapter packs stacks of experts, as a version of PEFT that does it so: of square ones no shape tells it."""
+    stacks = [(m.bare(), m.tuners[name]) for m in modules.values() if m.tuners[name].name == "experts"]
+    alike = all(t.transposed == getattr(m, "is_transposed", False) for m, t in stacks)
+    return {"peft_version": LAYOUT} if stacks and alike else {}
+
+
 def suited(tuner: Tuner, module: nn.Module) -> Tuner:
     """The tuner, told how the module stores its weight."""
     known = {f.name for f in fields(tuner)}  # type: ignore[arg-type]
@@ -378,28 +399,32 @@ def suited(tuner: Tuner, module: nn.Module) -> Tuner:
 
 
 FLAGS = "_adaptkit_trained"  # on a module, so that copies of the model keep them
+PLACES = "_adaptkit_trained_at"  # on the model, for modules that are put in the place of noted ones, as resizing does
 
 
 def _freeze(model: nn.Module) -> None:
     """Note the flag of each parameter and clear it; those noted before keep theirs, and so do adapters'."""
-    fresh = [(m, leaf, p) for m, leaf, p in _parameters(model) if leaf not in m.__dict__.get(FLAGS, ())]
-    for module, leaf, p in fresh:
-        module.__dict__.setdefault(FLAGS, {})[leaf] = p.requires_grad
-    for _, _, p in fresh:
+    fresh = [(path, m, leaf, p) for path, m, leaf, p in _parameters(model) if leaf not in m.__dict__.get(FLAGS, ())]
+    places = model.__dict__.setdefault(PLACES, {})
+    for path, module, leaf, p in fresh:
+        module.__dict__.setdefault(FLAGS, {})[leaf] = places.setdefault((path, leaf), p.requires_grad)
+    for _, _, _, p in fresh:
         p.requires_grad_(False)
 
 
-def _parameters(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
     """The model's own parameters, and where they stand."""
-    return [(m, leaf, p) for _, _, m in tree(model) for leaf, p in m._parameters.items() if p is not None]
+    return [(path, m, leaf, p) for path, _, m in tree(model) for leaf, p in m._parameters.items() if p is not None]
 
 
 def thaw(model: nn.Module) -> None:
     """Give parameters their flags back. One that was noted twice, by two modules, was frozen the second time."""
     trained: dict[nn.Parameter, bool] = {}
-    for module, leaf, p in _parameters(model):
-        if leaf in (flags := module.__dict__.get(FLAGS, {})):
-            trained[p] = trained.get(p, False) or flags[leaf]
+    places = model.__dict__.pop(PLACES, {})
+    for path, module, leaf, p in _parameters(model):
+        flag = module.__dict__.get(FLAGS, {}).get(leaf, places.get((path, leaf)))
+        if flag is not None:
+            trained[p] = trained.get(p, False) or flag
     for p, flag in trained.items():
         p.requires_grad_(flag)
     for module in model.modules():

@@ -140,7 +140,8 @@ def cache(model: nn.Module, acting: Acting, batch: int) -> Any:
 
 def check(model: nn.Module, name: str) -> None:
     """Raises Mismatch when a model cannot be given virtual tokens of a kind."""
-    if not hasattr(model, "get_input_embeddings"):
+    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if getattr(words, "weight", None) is None:
         raise Mismatch(f"{type(model).__name__} has no input embeddings to put virtual tokens before")
     if name != "prefix":
         return

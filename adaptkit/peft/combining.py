@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Site
 from ..errors import Mismatch, Usage, quoted
 from ..formats.peft.patterns import exactly
-from ..live.attach import adapted_modules, is_read, unwrapped
+from ..live.attach import adapted_modules, is_read, packed, unwrapped
 from ..live.tied import Tied
 from ..verbs.combine import combined
 from . import heads, sites
@@ -41,13 +41,13 @@ def weighted(
 
 def standing(model: nn.Module, name: str) -> Adapter:
     """An adapter as it stands on a model, in numbers that training does not reach."""
+    modules = {p: m for p, m in adapted_modules(model).items() if name in m.tuners and not isinstance(m, Tied)}
     found = {
-        path: Site(*m.tuners[name].kept({k: v.detach() for k, v in m.of(name).items()}))
-        for path, m in adapted_modules(model).items()
-        if name in m.tuners and not isinstance(m, Tied)
+        path: Site(*m.tuners[name].kept({k: v.detach() for k, v in m.of(name).items()})) for path, m in modules.items()
     }
     whole = {saved: _numbers(value) for _, saved, value in heads.entries(model, name)}
-    return Adapter({p: Site(s.tuner, {k: _numbers(v) for k, v in s.params.items()}) for p, s in found.items()}, whole)
+    numbers = {p: Site(s.tuner, {k: _numbers(v) for k, v in s.params.items()}) for p, s in found.items()}
+    return Adapter(numbers, whole, about=packed(modules, name))
 
 
 def _numbers(value: Tensor) -> np.ndarray:

@@ -161,16 +161,24 @@ class LoraConfig(_Targeted):
             raise Usage("lora_bias does not go with use_dora")
 
     def _numbers(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise Usage(f"{name} is {getattr(self, name)!r}, it says a number for each pattern: {{'.*q_proj': 16}}")
         for name, r in {"r": self.r, **self.rank_pattern}.items():
             if type(r) is not int or r < 1:
                 raise Usage(f"{quoted(name)} is {r!r}, a rank is a whole number from 1")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if isinstance(alpha, bool) or not isinstance(alpha, Real):
                 raise Usage(f"{quoted(name)} is {alpha!r}, an alpha is a number")
-        if not 0 <= self.lora_dropout < 1:
+        if not isinstance(self.lora_dropout, Real) or not 0 <= self.lora_dropout < 1:
             raise Usage(f"lora_dropout is {self.lora_dropout!r}, it lies between 0 and 1")
 
     def _layers(self) -> None:
+        for name in ("layers_to_transform", "trainable_token_indices"):
+            given = getattr(self, name)
+            lists = given.values() if isinstance(given, dict) and name != "layers_to_transform" else [given]
+            if not all(_whole(one, alone=name == "layers_to_transform") for one in lists):
+                raise Usage(f"{name} is {given!r}; it is a list of whole numbers")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise Usage("layers_to_transform and layers_pattern go with a list of target_modules, not with a pattern")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -191,6 +199,13 @@ class IA3Config(_Targeted):
         both = isinstance(self.target_modules, set) and isinstance(self.feedforward_modules, set)
         if lost := sorted(self.feedforward_modules - self.target_modules) if both else []:
             raise Usage(f"feedforward_modules names {', '.join(lost)}, which target_modules does not")
+
+
+def _whole(value: Any, alone: bool) -> bool:
+    """Whether a setting is left out, or a list of whole numbers, or one of them."""
+    if value is None or (alone and type(value) is int):
+        return True
+    return isinstance(value, (list, tuple, set, range)) and all(type(i) is int for i in value)
 
 
 def _is_name(value: Any) -> bool:

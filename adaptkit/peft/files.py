@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -55,7 +56,8 @@ def placed(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as e:
         raise System(f"cannot be written ({e.strerror or e})", where=path) from e
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is nothing to remove where the folder is none
+            beside.unlink(missing_ok=True)
 
 
 def grown(model: Any, base: str | None) -> bool:

@@ -20,11 +20,13 @@ from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..formats.base import read
 from ..live.attach import by_rows
 from ..live.virtual import cache
+from ..tuners.experts import LAYOUT
 from .config import PeftConfig
 from .files import WEIGHTS, folder_of, grown, placed
 from .kinds import PeftType, TaskType
 from .prompts.tuner import Prompts
 from .saved import missing, trained
+from .signed import INSIDE, blank, public, signed
 from .state import LoadResult, get_peft_model_state_dict
 from .tuner import MODELS, TunerModel
 
@@ -56,6 +58,7 @@ class PeftModel(nn.Module):
             kind = MODELS[PeftType(peft_config.peft_type)]
             self.base_model = kind(model, peft_config, adapter_name, adapter=adapter)
         self.register_state_dict_post_hook(_apart)
+        self.__class__ = signed(type(self), type(model))
         if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             model.enable_input_require_grads()  # a checkpoint whose inputs need no gradient gives its adapters none
 
@@ -81,6 +84,10 @@ class PeftModel(nn.Module):
             if name in WITHOUT_WEIGHTS and "_prompts" in self.__dict__:
                 return getattr(self._prompts, name, None) or partial(_no_weights, name)
             return getattr(self.base_model, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        inside = getattr(type(self), INSIDE, None)
+        return super().__reduce_ex__(protocol) if inside is None else (blank, inside, self.__dict__)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._by_rows(kwargs):
@@ -114,9 +121,10 @@ class PeftModel(nn.Module):
     ) -> PeftModel:
         """A model with an adapter from a folder, for inference unless is_trainable."""
         _nothing(ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping)
+        _module(model)
         folder = folder_of(model_id, subfolder, hub)
         settings = _settings(folder, is_trainable, config)
-        kind = CLASSES.get(settings.task_type, PeftModel) if cls is PeftModel else cls
+        kind = CLASSES.get(settings.task_type, PeftModel) if public(cls) is PeftModel else cls
         adapter = _trained(model, settings, folder)
         made = kind(model, settings, adapter_name, autocast_adapter_dtype, adapter=adapter)
         _missing(model, settings, adapter)
@@ -161,7 +169,10 @@ class PeftModel(nn.Module):
         if not safe_serialization:
             raise Mismatch("adapters are written as safetensors only", hint="leave safe_serialization=True")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        names = [names] if isinstance(names, str) else list(names)
         self.tuner.known(names)
+        if not names:
+            raise Usage("there is no adapter to save", hint="save the model that merge_and_unload or unload returned")
         for name in names:
             config = self.peft_config[name]
             base = config.base_model_name_or_path or getattr(self.get_base_model(), "name_or_path", None) or None
@@ -275,7 +286,7 @@ class PeftModel(nn.Module):
 
 
 class PeftModelForCausalLM(PeftModel):
-    """A language model with adapters. Trainers read the names of a batch's columns from the signature of forward."""
+    """A language model with adapters."""
 
     def forward(
         self,
@@ -435,15 +446,20 @@ def _apart(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 
 def _usable(model: Any, config: Any) -> None:
     """Raises Usage for what is no model, and for settings of another library: their options would not be checked."""
-    if not isinstance(model, nn.Module):
-        raise Usage(f"the model is a {type(model).__name__}, which is no torch module")
+    _module(model)
     if not isinstance(config, PeftConfig) or type(config) is PeftConfig:
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise Usage(f"peft_config is a {kind}", hint="make a LoraConfig, or another, of adaptkit.peft")
 
 
+def _module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise Usage(f"the model is a {type(model).__name__}, which is no torch module")
+
+
 def _told(model: nn.Module, config: PeftConfig) -> None:
-    """Write into the settings which model they are for."""
+    """Write into the settings which model they are for, and how its stacks of experts will be packed."""
+    config.peft_version = LAYOUT
     name = model.__dict__.get("name_or_path") or None
     if config.base_model_name_or_path not in (None, name):
         was = quoted(config.base_model_name_or_path)

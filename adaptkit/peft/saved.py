@@ -30,7 +30,7 @@ def trained(model: nn.Module, folder: Path, config: PeftConfig) -> Adapter:
     modules = unwrapped(model)
     for path in adapter.sites:
         at, parameter = place(modules, path)
-        if parameter == "weight":
+        if at == path and parameter == "weight":
             checked(at, modules)
     whole = {name: torch.as_tensor(load(value)) for name, value in adapter.whole.items()}
     inside = tuple(f"{path}." for path in heads.chosen(model, config.modules_to_save or ()))

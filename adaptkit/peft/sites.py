@@ -16,7 +16,7 @@ from ..formats.peft.patterns import lookup, unmatched
 from ..live.attach import PLAIN, adaptable, bare, is_read, suited, turned, unwrapped
 from ..select import Select, matching, unused
 from ..tuners.dora import DoRA, norms
-from ..tuners.experts import ExpertLoRA
+from ..tuners.experts import LAYOUT, ExpertLoRA
 from ..tuners.ia3 import IA3
 from ..tuners.lora import LoRA
 from ..tuners.spectral import OLoRA, PiSSA
@@ -39,10 +39,13 @@ def resolved(model: nn.Module, config: PeftConfig) -> list[str]:
     names = [p for p in modules if p]
     parameters = _parameters(config, modules)
     given = config.target_modules
+    if given is not None and not given and not parameters:
+        raise Usage("target_modules is empty", hint="name modules, or leave it out for the model's default")
     if given is None and not parameters:
         _by_default(model, config)
     elif isinstance(given, str) and given.lower() == "all-linear":
         config.target_modules = set(_all_linear(model, config))
+        _stacks_told(config, modules)
     chosen = _selection(config)(names) if config.target_modules or not parameters else []
     _unused(given, config.exclude_modules, names)
     config.fan_in_fan_out = any(type(modules[p]).__name__ == "Conv1D" for p in chosen)
@@ -67,7 +70,7 @@ def fresh(model: nn.Module, config: PeftConfig, chosen: list[str]) -> Adapter:
             sites[path] = _of_parameter(config, path, modules)
         else:
             sites[path] = _of_module(config, path, modules)
-    return Adapter(sites=sites)
+    return Adapter(sites=sites, about={"peft_version": LAYOUT})
 
 
 def _of_module(config: LoraConfig, path: str, modules: dict[str, nn.Module]) -> Site:
@@ -149,7 +152,8 @@ def _by_default(model: nn.Module, config: PeftConfig) -> None:
         if config.feedforward_modules is None:
             config.feedforward_modules = set(feedforward)
     else:
-        config.target_modules = set(defaults.of_model(defaults.LORA, model))
+        targets = defaults.of_model(defaults.LORA, model)
+        config.target_modules = targets if isinstance(targets, str) else set(targets)
 
 
 def _all_linear(model: nn.Module, config: PeftConfig) -> list[str]:
@@ -166,6 +170,18 @@ def _all_linear(model: nn.Module, config: PeftConfig) -> list[str]:
         and id(m) not in heads
         and not p.endswith(whole or "\0")
     ]
+
+
+def _stacks_told(config: PeftConfig, modules: dict[str, nn.Module]) -> None:
+    """Warn of experts that "all-linear" does not reach: most of a model, which an older one had in linear layers."""
+    stacks = [m for m in modules.values() if type(m).__name__.endswith("Experts")]
+    leaves = list(dict.fromkeys(n for m in stacks for n, p in m._parameters.items() if p is not None and p.ndim == 3))
+    if leaves and not getattr(config, "target_parameters", None):
+        warnings.warn(
+            f"all-linear does not reach experts that are one tensor: {some(leaves)}; name them in target_parameters",
+            AdaptKitWarning,
+            stacklevel=4,
+        )
 
 
 def _selection(config: PeftConfig) -> Select:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdaptKitWarning, Mismatch, quoted, some
+from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..live import loose
 from ..live.attach import bare, unwrapped
 from ..live.replaced import Replaced
@@ -104,7 +104,11 @@ def ends(model: nn.Module) -> Iterator[Part]:
 
 def _rooted(model: nn.Module) -> tuple[TunerModel, str]:
     """The tuner model, and what precedes the names of the base model's tensors."""
-    return (model, "model.") if isinstance(model, TunerModel) else (model.base_model, "base_model.model.")
+    if isinstance(model, TunerModel):
+        return model, "model."
+    if not isinstance(getattr(model, "base_model", None), TunerModel):
+        raise Usage(f"the model is a {type(model).__name__}, which carries no adapter of adaptkit.peft")
+    return model.base_model, "base_model.model."
 
 
 def parts(model: nn.Module, adapter_name: str) -> Iterator[Part]:

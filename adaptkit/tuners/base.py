@@ -25,6 +25,7 @@ class Tuner(ABC):
     arrays: ClassVar[str] = "torch"  # what `weight` computes with: "any" or "torch"
     noise: ClassVar[float] = 1.0  # float32 roundings that a sound float32 program may be away from the exact weight
     of_rows: ClassVar[bool] = False  # replaces rows of an embedding, and so columns of a head that is tied to it
+    inside: ClassVar[bool] = False  # runs as a changed parameter, whatever its module does with that
     follows: ClassVar[bool] = True  # may come after another adapter's change of the same weight
 
     def init(self, base: Any) -> Params:

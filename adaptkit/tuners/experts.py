@@ -2,7 +2,7 @@
 
 W'[e] = W[e] + s B_e A_e      A: (r E, a), A_e = A[e r : (e + 1) r]      B: (b, r E), B_e = B[:, e :: E]
 
-PEFT 0.17 to 0.18 and 0.19.0 packed some of them transposed; the shapes tell, and a square one needs `square`.
+PEFT 0.17 to 0.18 and 0.19.0 packed some of them transposed; the shapes tell, and a square one needs the version.
 """
 
 from __future__ import annotations
@@ -26,12 +26,30 @@ REGISTERED = (
     "bias",
 )
 
+LAYOUT = "0.19.1"  # the first version of PEFT that packs experts as is done here
+
+
+def packing(version: str) -> int:
+    """Which of its three ways of packing experts a version of PEFT has: 0 up to 0.18, 1 in 0.19.0, 2 since then."""
+    numbers = tuple(int(n) for n in version.split("@")[0].split(".")[:3] if n.isdecimal())
+    return (numbers >= (0, 19)) + (numbers >= (0, 19, 1))
+
+
+def is_turned(version: str, transposed: bool) -> bool:
+    """Whether a square stack is to be read as (in, out).    version: of PEFT, empty for old files, which name none.
+
+    transposed: what the module says of itself; gpt_oss does.
+    """
+    way = packing(version)
+    return way == 0 or transposed == (way == 2)
+
 
 @dataclass(frozen=True)
 class ExpertLoRA(LoRA):
     """W'[e] = W[e] + s B_e A_e     A: (r E, a)   B: (b, r E)"""
 
     name = "experts"
+    inside = True
     noise = 4.0  # a stack's products are rounded to float32 before and after they are scaled
 
     def weight(self, W: Array, p: Params) -> Array:
@@ -59,4 +77,5 @@ class ExpertLoRA(LoRA):
         A, B = shapes["A"], shapes["B"]
         if A[0] != self.r * experts or B[1] != A[0]:
             raise Mismatch(f"A {list(A)} and B {list(B)} are not {experts} experts of rank {self.r}")
+        square = square and len(shape) == 3  # a bare matrix is (out, in) to PEFT, whatever its module thinks of it
         return replace(super().fit(shape[-2:], {"A": (self.r, A[1]), "B": (B[0], self.r)}, square), r=self.r)

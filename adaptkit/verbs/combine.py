@@ -13,11 +13,11 @@ import numpy as np
 
 from ..adapter import Adapter, Site
 from ..engines.device import checked
-from ..engines.orientation import packing
 from ..errors import Mismatch, Usage, some
 from ..formats.peft.write import write
 from ..store.arrays import load
 from ..store.checkpoint import warn
+from ..tuners.experts import packing
 from . import sums, thin
 from .beside import tokenizer
 from .inputs import Source, adapters_of

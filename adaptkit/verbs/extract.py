@@ -28,6 +28,7 @@ from ..store.arrays import WORDS
 from ..store.checkpoint import Checkpoint, stamps, unchanged, warn
 from ..store.hub import called, origin
 from ..store.hub.ghost import glance
+from ..tuners.experts import LAYOUT
 from . import stacks
 from .inputs import dtype_of, model_of, workers_of
 from .merge import check_pickles, unhurried
@@ -303,7 +304,7 @@ def _adapter(work: _Work, found: _Found) -> Adapter:
     adapter = Adapter({r.pair.module: _site(r) for r in found.thin}, {p.name: p.finetuned for p in found.whole})
     _tied(work, adapter)
     _for_peft(work, adapter)
-    adapter.about = {"bias": found.bias, "task_type": _task(work.base.config), "peft_version": stacks.LAYOUT}
+    adapter.about = {"bias": found.bias, "task_type": _task(work.base.config), "peft_version": LAYOUT}
     ref = origin(work.base.path)
     if ref and not ref.sub:
         adapter.about["revision"] = ref.revision

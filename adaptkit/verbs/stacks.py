@@ -15,8 +15,6 @@ from ..engines.pairs import Pair
 from ..store.entry import Entry
 from ..tuners.experts import ExpertLoRA
 
-LAYOUT = "0.19.1"  # the version of PEFT that packs experts as this does; readers ask for it where a stack is square
-
 
 def thin(pair: Pair, make: Callable[[np.ndarray, str], Thin]) -> Thin | None:
     """The thin difference of a stack, read one expert at a time; None when nothing changed.

@@ -62,6 +62,7 @@ class Prompts:
             raise Mismatch(f"{quoted(name)} is {config.peft_type}, this model carries {self.peft_type.value}")
         check(self.model, TUNERS[self.peft_type])
         config.fit(self.model)
+        self._wide(config)
         settings = config if adapter is None else replace(config, inference_mode=True)
         made = encoder(settings, self.model.get_input_embeddings()).to(next(self.model.parameters()).device)
         if adapter is not None:
@@ -70,6 +71,14 @@ class Prompts:
         self.encoders[name], self.peft_config[name] = made.train(self.model.training), config
         self.set_requires_grad(name, False)
         self.virtual = self.virtual or Virtual(self.model, self.acting)
+
+    def _wide(self, config: PromptLearningConfig) -> None:
+        width = self.model.get_input_embeddings().weight.shape[-1]
+        if self.peft_type is not PeftType.PREFIX_TUNING and config.token_dim != width:
+            raise Mismatch(
+                f"token_dim is {config.token_dim}, the model's embeddings are {width} wide",
+                hint=f"give token_dim={width}",
+            )
 
     def _heads(self, name: str, config: PromptLearningConfig, adapter: Adapter | None) -> None:
         """Copies of the modules to save, with the adapter's numbers; the model is as it was if those do not fit."""
