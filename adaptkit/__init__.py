@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 HOMES = {
-    "Adapter": "adapter", "Site": "adapter", "AdaptKitError": "errors", "AdaptKitWarning": "errors",
+    "Adapter": "adapter", "Site": "adapter", "AdaptKitError": "errors", "AdaptKitWarning": "errors", "Corrupt": "errors",
     "Format": "formats.base", "Note": "formats.base", "fold": "formats.fold", "appearing": "formats.base", "Select": "select", "Tuner": "tuners.base", "registry": "registry",
     "Checkpoint": "store.checkpoint", "open_checkpoint": "store.checkpoint", "read": "formats.base",
     "LoRA": "tuners.lora", "DoRA": "tuners.dora", "IA3": "tuners.ia3",

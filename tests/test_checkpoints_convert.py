@@ -348,3 +348,15 @@ def test_pieces_of_a_checksum_add_up():
     pieces = [(a, b - a, zlib.crc32(data[a:b])) for a, b in zip(cuts, cuts[1:], strict=False)]
 
     assert combined(reversed(pieces)) == (zlib.crc32(data), len(data))
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder_is_called_that(tmp_path: Path):
+    """Its name is plain, so the refusal must say what else is wrong with it."""
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "elsewhere.safetensors")
+    (tmp_path / "model" / "model-00001-of-00001.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    table = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(table))
+
+    with pytest.raises(adaptkit.AdaptKitError, match=r"a symlink that leaves the folder \(of w\)"):
+        adaptkit.convert(tmp_path / "model", tmp_path / "out", "pytorch")

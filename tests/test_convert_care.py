@@ -184,3 +184,66 @@ def test_every_genuine_file_to_every_target_ends_well(
                 else:
                     assert said == "" and len(err.splitlines()) == 1, (source, to, err)
                 assert not list(tmp_path.iterdir()), (source, to)
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_what_is_left_out_is_not_counted(rehearsed: bool, tmp_path: Path):
+    """The report says how many modules and tensors were written, not how many were there."""
+    saved = FORMATS / "peft" / "lora_modules_to_save"
+    done = adaptkit.convert(saved, tmp_path / "x", "mlx", drop=["whole"], dry_run=rehearsed)
+    assert (done.sites, done.tensors) == (2, 4)
+
+    dora = FORMATS / "peft" / "lora_dora"
+    done = adaptkit.convert(dora, tmp_path / "x.onnx_adapter", "onnx_adapter", drop=["dora"], dry_run=rehearsed)
+    assert done.tensors == 2 * done.sites
+
+    embedding = FORMATS / "peft" / "lora_embedding_noemb"
+    whole = adaptkit.inspect(embedding)
+    done = adaptkit.convert(
+        embedding, tmp_path / "y.onnx_adapter", "onnx_adapter", drop=["embedding"], dry_run=rehearsed
+    )
+    assert done.sites == sum(n for leaf, n in whole.targets.items() if leaf != "embed_tokens") < whole.sites
+    assert done.tensors == 2 * done.sites
+
+
+def test_a_file_in_a_folder_that_is_not_there_yet(tmp_path: Path):
+    """Formats of one file make their folders, as those of a folder do, and as the rehearsal promises."""
+    adaptkit.convert(KOHYA, tmp_path / "a" / "b" / "x.safetensors", "diffusers", dry_run=True)
+    assert not (tmp_path / "a").exists()
+
+    adaptkit.convert(KOHYA, tmp_path / "a" / "b" / "x.safetensors", "diffusers")
+    assert (tmp_path / "a" / "b" / "x.safetensors").is_file()
+
+
+def test_a_link_to_nowhere_is_something(tmp_path: Path):
+    """The rehearsal refuses what the run would refuse; with overwrite the link is replaced."""
+    out = tmp_path / "x.safetensors"
+    out.symlink_to(tmp_path / "nowhere")
+    for rehearsed in (True, False):
+        with pytest.raises(adaptkit.AdaptKitError, match="exists"):
+            adaptkit.convert(KOHYA, out, "diffusers", dry_run=rehearsed)
+
+    adaptkit.convert(KOHYA, out, "diffusers", overwrite=True)
+    assert out.is_file() and not out.is_symlink() and not (tmp_path / "nowhere").exists()
+
+
+def test_inspect_reads_what_needs_the_base(tmp_path: Path):
+    """A GGUF adapter of Llama is in the order of its model's heads; modules with a number are told with their name."""
+    pytest.importorskip("gguf")
+    with opened(door(tmp_path, FOLDERS)):
+        found = adaptkit.inspect(sample("gguf", "lora-bf16"), base=FORMATS / "bases" / "llama")
+        assert (found.sites, found.tensors, found.dtypes) == (14, 28, {"BF16": 28})
+        with pytest.raises(adaptkit.AdaptKitError, match="--base: not found"):
+            adaptkit.inspect(sample("gguf", "lora-bf16"), base=tmp_path / "nothing")
+
+    targets = adaptkit.inspect(KOHYA).targets
+    assert targets["to_out.0"] == targets["to_q"] and targets["net.2"] == targets["proj"]
+    assert not [name for name in targets if name.isdecimal()]
+
+
+def test_inspect_counts_every_number_once():
+    """Factors that modules share, and norms that were reshaped when they were read: as many numbers as in the file."""
+    for kind, case in (("kohya", "flux_tiny_fp32"), ("lycoris", "locon_dora"), ("diffusers", "sdxl_dora")):
+        file = sample(kind, case)
+        numbers = sum(v.size for n, v in load_file(file).items() if not n.endswith(".alpha"))
+        assert adaptkit.inspect(file).parameters == numbers

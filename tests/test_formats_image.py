@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import regex
 from format_kit import FORMATS, apart, sample, update
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from adaptkit import Adapter, AdaptKitError, LoRA, Site
+from adaptkit import Adapter, AdaptKitError, DoRA, LoRA, Site
 from adaptkit.formats.base import read, write
 from adaptkit.formats.diffusers.keys import parse
 from adaptkit.formats.kohya.names import find, flat, prefix_of
@@ -258,3 +261,83 @@ def test_diffusers_own_converter_agrees(case: str, tmp_path: Path):
     assert len(alphas) == len(mine.sites)
     for (path, letter), value in found.items():
         assert torch.equal(value, torch.from_numpy(load(mine.sites[path].params[letter]))), (path, letter)
+
+
+@pytest.mark.parametrize("dtypes", [("f2", "f4", "bfloat16"), ("f2", "f8", "f2"), ("bfloat16", "f2", "f2")])
+def test_fused_modules_of_other_dtypes_keep_every_number(dtypes: tuple[str, ...], tmp_path: Path):
+    """q, k and v of one FLUX block lie in one matrix, in a dtype that holds each of them exactly."""
+    home = "transformer.transformer_blocks.0.attn"
+    sites = {"transformer.single_transformer_blocks.0.proj_out": lora(8, 40)}
+    for i, dtype in enumerate(dtypes):
+        wanted = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        site = lora(8, 8, seed=i)
+        sites[f"{home}.to_{'qkv'[i]}"] = Site(site.tuner, {k: v.astype(wanted) for k, v in site.params.items()})
+
+    write(Adapter(sites), tmp_path / "x.safetensors", "kohya")
+
+    assert apart(Adapter(sites), read(tmp_path / "x.safetensors")) == 0
+
+
+def test_two_sites_that_are_one_module_for_kohya_are_refused(tmp_path: Path):
+    """A path with its component and the same one without would lie in one module, and one of them would be lost."""
+    path = "down_blocks.0.attentions.0.proj_in"
+
+    with pytest.raises(AdaptKitError, match=f"unet.{path} and {path} would be one module"):
+        write(Adapter({f"unet.{path}": lora(), path: lora()}), tmp_path / "x.safetensors", "kohya")
+
+
+def test_a_fused_module_that_lacks_norms_names_the_modules(tmp_path: Path):
+    """The layer's number, not the sign that stands for it in the table."""
+    home = "transformer.transformer_blocks.7.attn"
+    q = lora(8, 8)
+    dora = Site(DoRA(r=2, alpha=3.0), {**q.params, "m": np.ones(8, "f4")})
+    rest = {"transformer.single_transformer_blocks.0.proj_out": lora(8, 40)}
+
+    with pytest.raises(AdaptKitError, match=r"needs norms for all of transformer_blocks\.7\.attn\.to_q"):
+        write(Adapter({f"{home}.to_q": dora, **rest}), tmp_path / "x.safetensors", "kohya")
+
+
+@pytest.mark.parametrize(
+    ("module", "key"),
+    [
+        ("unet.mid_block.attentions.0.proj_in", "^mid_block.attentions.0.proj_in"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "^encoder.layers.0.mlp.fc1"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", r"^text_model\.encoder\.layers\.0\.mlp\.fc1"),
+    ],
+)
+def test_patterns_of_diffusers_begin_inside_the_component(module: str, key: str, tmp_path: Path):
+    """diffusers writes `^` and the path in the component before the rank and the alpha of a module that differs."""
+    home = module.partition(".")[0]
+    site, other = lora(r=3), f"{home}.x.proj"
+    told = {"r": 2, "lora_alpha": 4, "rank_pattern": {key: 3}, "alpha_pattern": {key: 12}}
+    metadata = {"lora_adapter_metadata": json.dumps({f"{home}.{k}": v for k, v in told.items()})}
+    tensors = {f"{m}.lora_{k}.weight": s.params[k] for m, s in ((module, site), (other, lora())) for k in "AB"}
+    save_file(tensors, tmp_path / "x.safetensors", metadata)
+
+    sites = read(tmp_path / "x.safetensors", "diffusers").sites
+
+    assert (sites[module].tuner.r, sites[module].tuner.scale, sites[other].tuner.scale) == (3, 4.0, 2.0)
+
+
+def test_a_thousand_modules_of_their_own_rank_compile_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """PEFT's folder names each module whose rank differs; a pattern for each of them took minutes to match."""
+    sites = {f"unet.down_blocks.{i}.attentions.0.proj_in": lora(r=1 + i % 3, seed=i) for i in range(60)}
+    write(Adapter(sites), tmp_path / "x", "peft")
+    compiled: list[str] = []
+    monkeypatch.setattr(regex, "compile", lambda *a, **k: compiled.append(a[0]))
+
+    back = read(tmp_path / "x")
+
+    assert {p: s.tuner.r for p, s in back.sites.items()} == {p: s.tuner.r for p, s in sites.items()}
+    assert compiled == []
+
+
+def test_sd3s_last_context_norm_is_refused_with_what_holds_it(tmp_path: Path):
+    """A hint that can be followed: two formats keep the script's order of its rows."""
+    adapter = Adapter({"transformer.joint_blocks.23.context_block.adaLN_modulation.1": lora()})
+
+    with pytest.raises(AdaptKitError, match="another order of rows in diffusers; --to kohya and --to peft hold it"):
+        write(adapter, tmp_path / "x.safetensors", "diffusers")
+    for name, to in (("y.safetensors", "kohya"), ("z", "peft")):
+        write(adapter, tmp_path / name, to)
+        assert apart(adapter, read(tmp_path / name)) == 0

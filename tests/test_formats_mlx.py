@@ -11,7 +11,7 @@ import pytest
 from format_kit import apart, sample
 from safetensors.numpy import load_file, save_file
 
-from adaptkit import Adapter, AdaptKitError, LoRA, Site
+from adaptkit import Adapter, AdaptKitError, AdaptKitWarning, LoRA, Site
 from adaptkit.formats.base import read, write
 from adaptkit.formats.mlx import Mlx
 from adaptkit.testing import check_format, zoo
@@ -133,3 +133,57 @@ def test_a_cut_file_is_a_sentence(name: str, tmp_path: Path):
         (path / name).write_bytes(data[:size])
         with pytest.raises(AdaptKitError):
             read(path)
+
+
+def test_dropout_is_kept_there_and_back(tmp_path: Path):
+    """It changes no number, but whoever trains on finds it again."""
+    write(Adapter({Q: lora(dropout=0.25)}), tmp_path / "x", "mlx")
+    write(read(tmp_path / "x"), tmp_path / "y", "peft")
+
+    assert json.loads((tmp_path / "y" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("path", "named", "turned"),
+    [
+        ("transformer.h.0.attn.c_attn", "model.h.0.attn.c_attn", True),
+        ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn", False),  # GPT-BigCode
+        ("gpt_neox.layers.3.attention.dense", "model.h.3.attention.dense", False),
+        (Q, Q, False),
+    ],
+)
+def test_modules_are_called_as_mlx_lm_calls_them(path: str, named: str, turned: bool, tmp_path: Path):
+    """mlx-lm has GPT-2's and GPT-NeoX' layers under another name, and refuses tensors under transformers'."""
+    notes = write(Adapter({path: lora(transposed=turned)}), tmp_path / "x", "mlx")
+
+    assert set(load_file(tmp_path / "x" / "adapters.safetensors")) == {f"{named}.lora_a", f"{named}.lora_b"}
+    assert [n.what for n in notes] == ["renamed"] * (named != path)
+    assert {p: s.tuner.transposed for p, s in read(tmp_path / "x").sites.items()} == {path: turned}
+
+
+def test_the_base_tells_gpt2_where_its_weights_do_not(tmp_path: Path):
+    """An adapter that does not say how the weight is stored may be GPT-2's all the same."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    write(Adapter({"transformer.h.0.mlp.c_fc": lora()}), tmp_path / "x", "mlx", base=tmp_path)
+
+    assert set(load_file(tmp_path / "x" / "adapters.safetensors")) == {f"model.h.0.mlp.c_fc.lora_{x}" for x in "ab"}
+
+
+def test_an_embedding_that_is_the_head_too_is_refused(tmp_path: Path):
+    """mlx-lm adds its update to the head as well, which PEFT does not: another model, to be said before it is written."""
+    embedded = Adapter({"model.embed_tokens": lora(embedding=True, transposed=True), Q: lora()})
+    tied, untied = (tmp_path / name for name in ("tied", "untied"))
+    for folder in (tied, untied):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": folder is tied}))
+
+    with pytest.raises(AdaptKitError, match="adds the update of model.embed_tokens to the head"):
+        write(embedded, tmp_path / "x", "mlx", base=tied)
+    assert not (tmp_path / "x").exists()
+    assert write(embedded, tmp_path / "x", "mlx", base=untied) == []
+    assert [n.what for n in write(embedded, tmp_path / "y", "mlx")] == ["kept"]
+    assert write(embedded, tmp_path / "z", "mlx", base=tied, drop=["embedding"])[0].what == "dropped"
+    with pytest.raises(AdaptKitError, match="to the head"):
+        read(tmp_path / "x", base=tied)
+    with pytest.warns(AdaptKitWarning, match="--base tells"):
+        read(tmp_path / "x")

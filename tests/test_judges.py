@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from format_kit import sample, update
 from places import FIXTURES
+from safetensors.numpy import load_file, save_file
 
 import adaptkit
 from adaptkit import Adapter, LoRA, Site
@@ -46,10 +48,34 @@ def test_mlx_lm_computes_what_peft_computes(kind: str, tmp_path: Path):
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def peft_logits(adapter: Path) -> np.ndarray:
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lm_computes_what_peft_computes_of_gpt2(kind: str, tmp_path: Path):
+    """Under mlx-lm's names for its layers, whose weights transformers stores the other way round."""
+    mx, utils, tuner = needed("mlx.core", "mlx_lm.utils", "mlx_lm.tuner.utils")
+    gpt2, adapter = FIXTURES / "models" / "gpt2", FIXTURES / "adapters" / "gpt2" / kind
+    adaptkit.convert(adapter, tmp_path / "mlx", "mlx")
+    (tmp_path / "base").mkdir()  # with the names of the Hub's gpt2, which mlx-lm expects
+    weights = load_file(gpt2 / "model.safetensors")
+    held = {n.removeprefix("transformer."): v for n, v in weights.items()}
+    save_file(held, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    config = json.loads((gpt2 / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"n_ctx": config["n_positions"], **config}))
+
+    model, _ = utils.load_model(tmp_path / "base")
+    model.set_dtype(mx.float32)
+    plain = np.array(model(mx.array(IDS)))
+    got = np.array(tuner.load_adapters(model, str(tmp_path / "mlx"))(mx.array(IDS)))
+
+    expected = peft_logits(adapter, gpt2)
+    assert np.abs(expected - plain).max() > 1e-3
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def peft_logits(adapter: Path, base: Path = LLAMA) -> np.ndarray:
     """What PEFT computes, in float32."""
     torch, peft, transformers = needed("torch", "peft", "transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, adapter).float().eval()
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits.numpy()

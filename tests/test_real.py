@@ -74,7 +74,8 @@ REFUSED = {
     "46": ("virtual tokens [12, 1536], the embedding transformer.wte.weight is [64, 16]", 4),
     **{n: (f"none of {count} adapted modules is in the model", 4) for n, count in OTHER_MODELS.items()},
     "58": ("does not hold its scale", 4),
-    **dict.fromkeys(("71", "77", "84", "85"), FOREIGN),
+    **dict.fromkeys(("71", "77", "85"), FOREIGN),
+    "84": ("file has 2 bytes, too few for a safetensors header", 3),
     "82": ("holds no tensors", 3),
 }
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import adaptkit
 from adaptkit import registry
+from adaptkit.errors import Corrupt
 from adaptkit.verbs.detect import detect, strange
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -186,3 +187,12 @@ def test_config_is_used_or_refused(tmp_path: Path):
         adaptkit.convert(FIXTURES / "formats" / "mlx" / "lora", tmp_path / "y", "peft", config=folder)
     with pytest.raises(adaptkit.AdaptKitError, match="--config: holds no adapter_config.json"):
         adaptkit.convert(tmp_path / "in", tmp_path / "y", "peft", config=tmp_path)
+
+
+@pytest.mark.parametrize("place", ["x.safetensors", "pytorch_lora_weights.safetensors", "x.pth"])
+def test_an_empty_file_is_called_empty_by_every_reader(place: str, tmp_path: Path):
+    """Not "no format recognises it": nothing would."""
+    (tmp_path / place).touch()
+    for path in (tmp_path / place, tmp_path) if place.endswith(".safetensors") else (tmp_path / place,):
+        with pytest.raises(Corrupt, match="0 bytes|file is empty"):
+            adaptkit.inspect(path)

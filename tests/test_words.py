@@ -35,7 +35,7 @@ CONTRACT = {  # the options that people were promised
     "extract": "output rank energy target-modules layers",
     "convert": "output to from base dtype max-shard-size",
     "export-onnx": "output swappable dtype quantize task no-verify",
-    "inspect": "json plot",
+    "inspect": "json base plot",
     "targets": "target-modules layers layers-pattern exclude-modules",
     "verify": "base adapter sample",
     "pull": "output",

@@ -13,9 +13,12 @@ from . import words
 
 @click.command("inspect")
 @click.argument("paths", type=words.SOURCE, nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "--base", type=words.SOURCE, metavar="PATH", help="The model it is for, for formats that need it to be read (gguf)."
+)
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw a heat map, layers by modules.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(paths: tuple[str, ...], plot: Path | None, as_json: bool) -> None:
+def command(paths: tuple[str, ...], base: str | None, plot: Path | None, as_json: bool) -> None:
     """Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.
 
     Reads settings and headers only. Of a model it says how many tensors of which dtype it has. Of two or more adapters
@@ -30,7 +33,7 @@ def command(paths: tuple[str, ...], plot: Path | None, as_json: bool) -> None:
     """
     from ..verbs.inspect import inspect
 
-    found = inspect(list(paths), plot=plot)
+    found = inspect(list(paths), base=base, plot=plot)
     if as_json:
         click.echo(words.as_json(found))
         return

@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 from .. import registry
 from ..adapter import Adapter
 from ..errors import AdaptKitError, Mismatch, System, Usage, some
+from ..store.checkpoint import read_weights
 from ..store.disk import HINTS, sync_folder, why
+from .files import weight_file
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def appearing(path: Path) -> Iterator[Path]:
         raise Usage("is there already", where=path, hint="choose another name, or delete it")
     beside = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside.unlink(missing_ok=True)  # of a run that was killed
         yield beside
         with open(beside, "rb") as f:
@@ -157,6 +160,11 @@ def _recognises(name: str, path: Path) -> bool:
 def _nothing_fits(path: Path) -> AdaptKitError:
     if path.is_dir() and (path / "config.json").exists():
         return Usage("this is a model, not an adapter", where=path, hint="give the base model first, then the adapter")
+    if (file := weight_file(path)) is not None:
+        try:
+            read_weights(file)
+        except AdaptKitError as e:  # empty, cut or hostile: that is why
+            return e
     seen = (
         f"it holds {some(sorted(p.name for p in path.iterdir())) or 'nothing'}"
         if path.is_dir()

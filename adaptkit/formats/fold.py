@@ -121,16 +121,16 @@ def padded(site: Site, r: int) -> Site:
 def fused(sites: Sequence[Site]) -> Site:
     """Sites that lie one under the other in one weight, as one site. All of one scale.
 
-    Of one rank when they share A, else of the sum of their ranks.
+    Of one rank when they share A, else of the sum of their ranks; of the narrowest dtype that holds all of theirs.
     """
     first = sites[0]
     if any(s.tuner.scale != first.tuner.scale for s in sites):
         raise ValueError("sites of different scales cannot be fused")
-    Bs = [stored(s.params["B"]) for s in sites]
+    Bs = _alike([s.params["B"] for s in sites])
     if all(same(s.params["A"], first.params["A"]) for s in sites):
         params = {"A": first.params["A"], "B": np.concatenate(Bs)}
         return Site(first.tuner, params | _joined(sites))
-    A = np.concatenate([stored(s.params["A"]) for s in sites])
+    A = np.concatenate(_alike([s.params["A"] for s in sites]))
     B = np.zeros((sum(len(b) for b in Bs), len(A)), Bs[0].dtype)
     down = right = 0
     for b in Bs:
@@ -141,7 +141,18 @@ def fused(sites: Sequence[Site]) -> Site:
 
 
 def _joined(sites: Sequence[Site]) -> dict[str, np.ndarray]:
-    return {k: np.concatenate([stored(s.params[k]).reshape(-1) for s in sites]) for k in "mc" if k in sites[0].params}
+    held = [k for k in "mc" if k in sites[0].params]
+    return {k: np.concatenate([m.reshape(-1) for m in _alike([s.params[k] for s in sites])]) for k in held}
+
+
+def _alike(values: Sequence[Any]) -> list[np.ndarray]:
+    """Params in one dtype that holds the numbers of each: NumPy knows none for float16 and bfloat16."""
+    arrays = [stored(v) for v in values]
+    dtypes = {a.dtype for a in arrays}
+    if len(dtypes) == 1:
+        return arrays
+    wide = np.dtype("f8") if np.dtype("f8") in dtypes else np.dtype("f4")
+    return [a.astype(wide) for a in arrays]
 
 
 def split(site: Site, sizes: Sequence[int]) -> list[Site]:

@@ -265,8 +265,7 @@ def _shard(path: Path, index: Path, name: str, tensor: str) -> Path:
     try:
         file = inside(path, name)
     except Unsafe as e:
-        hint = "shard names must be plain names in the model folder"
-        raise Unsafe(f"unsafe path {quoted(name)!r} for {quoted(tensor)}", where=index.name, hint=hint) from e
+        raise Unsafe(f"{e.message} (of {quoted(tensor)})", where=index.name, hint=e.hint) from e
     if index.name.endswith(".safetensors.index.json") and file.suffix != ".safetensors":
         raise Unsafe(f"names {quoted(name)!r}, which is not a safetensors file, for {quoted(tensor)}", where=index.name)
     if not file.exists():

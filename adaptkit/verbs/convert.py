@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter as Counted
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..formats.base import Note
 from ..formats.base import read as read_adapter
 from ..formats.base import write as write_adapter
 from ..formats.cast import cast
+from ..formats.fold import kinds
 from ..formats.servers import SERVERS, prepared
 from ..store import dcp_safetensors, disk
 from ..store.checkpoint import Checkpoint, open_checkpoint, read_weights, unchanged
@@ -35,6 +37,7 @@ from .merge import as_text, check_pickles, write_text
 from .receipt import about
 
 Progress = Callable[[int, int], None]
+PARTS = {"bias", "dora"}  # kinds that are one tensor of a site and not the site
 ENDS = tuple(end for ends in ENDINGS.values() for end in ends)
 
 
@@ -252,18 +255,29 @@ def _adapter(wish: _Wish) -> Converted:
         notes += more
     if wish.dtype:
         notes += cast(adapter, wish.dtype)
-    tensors = sum(len(s.params) for s in adapter.sites.values()) + len(adapter.whole)
-    done = Converted(wish.output, wish.source_format, wish.to, len(adapter.sites), tensors, notes)
+    done = Converted(wish.output, wish.source_format, wish.to, 0, 0, notes)
     _place(wish)
     if wish.dry_run:
         more, done.bytes = _rehearsed(adapter, wish)
-        done.notes += more
+    else:
+        more = _written(adapter, wish)
+    done.sites, done.tensors = _counted(adapter, wish, more)
+    done.notes += more
+    if wish.dry_run:
         done.written = False
         return done
-    done.notes += _written(adapter, wish)
     done.bytes = _size(wish.output)
     done.seconds = time.monotonic() - wish.start
     return done
+
+
+def _counted(adapter: Adapter, wish: _Wish, notes: list[Note]) -> tuple[int, int]:
+    """The sites and tensors of an adapter without those that the writer left out."""
+    lost = Counted(n.where or "the whole model" for n in notes if n.what == "dropped")
+    gone = {p for p, s in adapter.sites.items() if lost[p or "the whole model"] and (kinds(s) - PARTS) & set(wish.drop)}
+    left = {p: s for p, s in adapter.sites.items() if p not in gone}
+    whole = sum(name not in lost for name in adapter.whole)
+    return len(left), whole + sum(len(s.params) - lost[p] for p, s in left.items())
 
 
 def _read(wish: _Wish) -> tuple[Adapter, list[Note]]:
@@ -333,7 +347,7 @@ def _place(wish: _Wish) -> None:
         checked(wish.output, inputs, wish.overwrite)
     elif wish.output.is_dir():
         raise Usage("is a folder", where=wish.output, hint=f"{wish.to} is one file: choose another name")
-    elif wish.output.exists():
+    elif os.path.lexists(wish.output):
         home = wish.output.resolve()
         if mine := next((given for given in inputs if given.resolve() in (home, *home.parents)), None):
             raise Usage(f"belongs to the input {quoted(mine)}", where=wish.output, hint="choose another output")
@@ -355,7 +369,7 @@ def _how(wish: _Wish) -> dict[str, Any]:
 def _written(adapter: Adapter, wish: _Wish) -> list[Note]:
     """Write, beside the old output where there is one, and swap the two at the end."""
     options = _how(wish)
-    if not wish.overwrite or not wish.output.exists():
+    if not wish.overwrite or not os.path.lexists(wish.output):
         return write_adapter(adapter, wish.output, wish.to, **options)
     fresh = wish.output.with_name(f".{wish.output.stem}.adaptkit-new{wish.output.suffix}")
     if os.path.lexists(fresh):  # left by a run that was killed before the two were swapped

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,15 @@ class Inspected:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def inspect(paths: Source | Sequence[Source], *, plot: str | Path | None = None) -> Inspected | Compared:
+def inspect(
+    paths: Source | Sequence[Source], *, base: str | Path | None = None, plot: str | Path | None = None
+) -> Inspected | Compared:
     """Say what an adapter is: kind, rank, alpha, targets, tensors, dtype, size, base model.
 
     paths: an adapter's folder or file, or a Hub id; of a model, its tensors are summed up, and of one at the Hub only the
     headers are fetched. Of two or more adapters, how far their
     updates overlap: cosines, norms and principal angles, site by site and in all, from the factors alone.
+    base: the model it is for, or its config.json's folder, for formats whose files do not say enough by themselves (gguf).
     plot: a picture to draw, layers by modules: the norm of the update, or, of several adapters, the cosine of each pair.
 
     Raises as reading the format does; Usage and Mismatch when the picture cannot be drawn.
@@ -62,18 +66,23 @@ def inspect(paths: Source | Sequence[Source], *, plot: str | Path | None = None)
     if not given:
         raise Usage("no adapter was given", where="PATH")
     file = heatmap.checked(plot) if plot is not None else None
-    if len(given) > 1:
-        return _compared(adapters_of(given), file)
-    if isinstance(given[0], Adapter):
-        return _one(Path(given[0].meta.get("path", "")), given[0], file)
-    with glance(given[0]) as folder:
+    with nullcontext() if base is None else glance(base, "model") as model:
+        if model is not None and not model.exists():
+            raise Usage("not found", where="--base")
+        return _compared(adapters_of(given, base=model), file) if len(given) > 1 else _alone(given[0], model, file)
+
+
+def _alone(given: Source, model: Path | None, file: Path | None) -> Inspected:
+    if isinstance(given, Adapter):
+        return _one(Path(given.meta.get("path", "")), given, file)
+    with glance(given) as folder:
         try:
-            found = _one(folder, adapter_at(folder), file)
+            found = _one(folder, adapter_at(folder, model), file)
         except AdaptKitError as e:
             if "this is a model" not in e.message or file is not None:
                 raise
             found = _model(folder)
-    found.path = str(given[0])
+    found.path = str(given)
     return found
 
 
@@ -105,8 +114,8 @@ def _drawn(adapter: Adapter, file: Path) -> None:
 
 
 def _adapter(path: Path, adapter: Adapter) -> Inspected:
-    values = [v for s in adapter.sites.values() for v in s.params.values()] + list(adapter.whole.values())
-    values = [v for v in values if isinstance(v, Entry)]
+    values = [v for s in adapter.sites.values() for k, v in s.params.items() if k != "index"]
+    values = list({v if isinstance(v, Entry) else id(v): v for v in [*values, *adapter.whole.values()]}.values())
     kinds = Counter(s.tuner.name for s in adapter.sites.values())
     implied = adapter.about.get("implied_heads") or []
     about = dict(adapter.about)
@@ -116,7 +125,7 @@ def _adapter(path: Path, adapter: Adapter) -> Inspected:
         kind=" + ".join(kinds) or "whole tensors",
         format=adapter.meta.get("format", "?"),
         sites=len(adapter.sites),
-        targets=dict(Counter(n.rpartition(".")[2] or "the whole model" for n in adapter.sites).most_common()),
+        targets=dict(Counter(map(_ending, adapter.sites)).most_common()),
         rank=_common([s.tuner.r for s in adapter.sites.values() if hasattr(s.tuner, "r")]),
         alpha=_common([s.tuner.alpha for s in adapter.sites.values() if hasattr(s.tuner, "alpha")]),
         whole=sorted(adapter.whole),
@@ -135,6 +144,12 @@ TELLING = {
 }  # fmt: skip
 
 
+def _ending(path: str) -> str:
+    """The last word of a module's path, with the number behind it: to_out.0."""
+    home, _, leaf = path.rpartition(".")
+    return f"{_ending(home)}.{leaf}" if home and leaf.isdecimal() else leaf or "the whole model"
+
+
 def _layers(adapter: Adapter) -> list[int]:
     return sorted({i for n in adapter.sites if (i := layer(n)) is not None})
 
@@ -149,7 +164,7 @@ def _model(path: Path) -> Inspected:
     )  # fmt: skip
 
 
-def _sums(values: list[Entry]) -> dict[str, Any]:
+def _sums(values: list[Any]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for v in values:
         dtypes[dtype_of(v)] += 1
@@ -158,7 +173,7 @@ def _sums(values: list[Entry]) -> dict[str, Any]:
     return {"tensors": len(values), "parameters": numbers, "bytes": nbytes, "dtypes": dict(dtypes)}
 
 
-def _count(value: Entry) -> int:
+def _count(value: Any) -> int:
     n = 1
     for size in shape_of(value):
         n *= size

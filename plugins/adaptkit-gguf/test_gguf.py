@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from adaptkit import Adapter, AdaptKitError, LoRA, Site
+from adaptkit import Adapter, AdaptKitError, Corrupt, LoRA, Site, inspect
 from adaptkit.testing import check_format, zoo
 
 gguf = pytest.importorskip("gguf")
@@ -107,3 +107,34 @@ def test_numbers_that_are_none_are_refused(tmp_path, base):
     with pytest.raises(AdaptKitError, match="finite"):
         Gguf().write(Adapter({"model.layers.0.self_attn.v_proj": site}), tmp_path / "a.gguf", base=base)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_inspect_counts_what_was_read_and_takes_the_base(tmp_path, base):
+    path = "model.layers.0.self_attn.q_proj"
+    Gguf().write(Adapter({path: lora()}), tmp_path / "a.gguf", base=base)
+
+    adapter = Gguf().read(tmp_path / "a.gguf", base=base)
+    found = inspect(adapter)
+
+    assert (found.tensors, found.parameters, found.bytes, found.dtypes) == (2, 20, 80, {"F32": 2})
+    with pytest.raises(AdaptKitError, match=r"--base of inspect and convert"):
+        Gguf().read(tmp_path / "a.gguf")
+
+
+def test_a_cut_file_is_corrupt(tmp_path, base):
+    path = "model.layers.0.self_attn.q_proj"
+    Gguf().write(Adapter({path: lora()}), tmp_path / "a.gguf", base=base)
+    whole = (tmp_path / "a.gguf").read_bytes()
+    for size in (4, 30, len(whole) // 2, len(whole) - 50):
+        (tmp_path / "b.gguf").write_bytes(whole[:size])
+        with pytest.raises(Corrupt, match="is no sound GGUF file .*; fetch it again"):
+            Gguf().read(tmp_path / "b.gguf", base=base)
+
+
+def test_float64_is_said_to_be_rounded(tmp_path, base):
+    site = lora()
+    wide = Site(site.tuner, {k: v.astype("f8") for k, v in site.params.items()})
+
+    notes = Gguf().write(Adapter({"model.layers.0.self_attn.q_proj": wide}), tmp_path / "a.gguf", base=base)
+
+    assert {n.what for n in notes} == {"rounded"}

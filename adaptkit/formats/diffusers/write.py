@@ -47,7 +47,7 @@ def _of_a_pipeline(sites: Mapping[str, Site]) -> None:
     if "" in homes and len(homes) > 1:
         raise Mismatch("some modules name their component (unet, text_encoder), others do not")
     if raw := [p for p in sites if ".joint_blocks." in p]:
-        raise Mismatch(f"{some(raw)} has another order of rows in diffusers", hint="--drop cannot help; leave it out")
+        raise Mismatch(f"{some(raw)} has another order of rows in diffusers", hint="--to kohya and --to peft hold it")
 
 
 def _true(metadata: Mapping[str, str], sites: Mapping[str, Site]) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,6 @@ def write(adapter: Adapter, path: Path, base: Path | None = None, drop: Collecti
     tensors: Arrays = {}
     for name, (place, group) in _grouped(sites, where).items():
         site = _whole(name, place, group, notes)
-        if name in {n.split(".")[0] for n in tensors}:
-            raise Mismatch(f"{quoted(name)} would be written twice")
         tensors |= _named(name, site, recorded.get(name, recorded.get("", "F32")))
         if site.tuner.rslora:
             notes.append(Note("folded", name, "rsLoRA's root went into alpha"))
@@ -57,8 +56,11 @@ def _grouped(sites: dict[str, Site], where: dict[str, Home]) -> dict[str, tuple[
         if found is None:
             lost.append(path)
             continue
-        name, index, place, _ = found
-        groups.setdefault(where[home].prefix + name, (place, {}))[1][index] = (path, site)
+        name, index, place, modules = found
+        group = groups.setdefault(where[home].prefix + name, (replace(place, ours=modules), {}))[1]
+        if index in group:
+            raise Mismatch(f"{quoted(group[index][0])} and {quoted(path)} would be one module, {quoted(name)}")
+        group[index] = (path, site)
     if lost:
         raise Mismatch(
             f"{some(lost)} {'is' if len(lost) == 1 else 'are'} no module of the model that kohya's names are for",

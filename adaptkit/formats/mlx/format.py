@@ -40,9 +40,9 @@ class Mlx(Format):
         return "peft_type" not in config and any(m in config for m in MARKS)
 
     def read(self, path: Path, *, base: Path | None = None) -> Adapter:
-        return read(path)
+        return read(path, base)
 
     def write(
         self, adapter: Adapter, path: Path, *, base: Path | None = None, drop: Collection[str] = ()
     ) -> list[Note]:
-        return write(adapter, path, drop)
+        return write(adapter, path, base, drop)

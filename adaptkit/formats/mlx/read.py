@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 
 from ... import registry
 from ...adapter import Adapter, Site
-from ...errors import AdaptKitError, Corrupt, Mismatch, quoted
+from ...errors import AdaptKitError, Corrupt, Mismatch, quoted, some
 from ...store import safetensors
 from ...store.arrays import FLOATS, dtype_of
-from ...store.checkpoint import read_json
+from ...store.checkpoint import read_json, warn
 from ..fold import turned
+from .ends import UNKNOWN, doubtful
+from .names import is_turned, ours
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapters.safetensors", "adapters.npz")
@@ -25,7 +28,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed
 ADD = 'write {"fine_tune_type": "lora", "lora_parameters": {"scale": ...}} to adapter_config.json beside it'
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, base: Path | None = None) -> Adapter:
     """The adapter in a folder, or in the folder of a weight file. Raises Mismatch where the scale is not known."""
     folder = path if path.is_dir() else path.parent
     file = path if path.is_file() and path.name != CONFIG else _weights(folder)
@@ -35,6 +38,8 @@ def read(path: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     try:
         adapter = assemble(config, _values(file))
+        if unsure := doubtful(adapter.sites, base, "fuse it with mlx-lm"):
+            warn(f"LoRA on {some(unsure)}: {UNKNOWN}")
     except AdaptKitError as e:
         raise e.at(file.name) from None
     adapter.meta |= {"mlx:config": json.dumps(config, sort_keys=True), "base": str(config.get("model") or "")}
@@ -66,7 +71,7 @@ def assemble(config: dict[str, Any], values: dict[str, Any]) -> Adapter:
         raise Mismatch("holds no tensors", hint="was it saved from a sharded run?")
     if config.get("fine_tune_type") == "full":
         return Adapter(whole=dict(values))
-    scale, rank = _numbers(config)
+    scale, rank, dropout = _numbers(config)
     modules: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
@@ -76,11 +81,14 @@ def assemble(config: dict[str, Any], values: dict[str, Any]) -> Adapter:
         if dtype_of(value) not in FLOATS or getattr(value.dtype, "kind", "f") not in "fV":
             raise Mismatch(f"{quoted(name)} has dtype {value.dtype}, adapters hold F32, F16 or BF16")
         modules.setdefault(path, {})[LETTERS[leaf]] = value
-    return Adapter({path: _site(path, parts, scale, rank) for path, parts in modules.items()})
+    adapter = Adapter({ours(path): _site(path, parts, scale, rank) for path, parts in modules.items()})
+    for site in adapter.sites.values():
+        site.tuner = replace(site.tuner, dropout=dropout)
+    return adapter
 
 
-def _numbers(config: dict[str, Any]) -> tuple[float, int | None]:
-    """The scale, and the rank where the settings say it."""
+def _numbers(config: dict[str, Any]) -> tuple[float, int | None, float]:
+    """The scale, the rank where the settings say it, and the dropout of training."""
     settings = config.get("lora_parameters") or {}
     if not isinstance(settings, dict):
         raise Corrupt(f"lora_parameters is a {type(settings).__name__}, an object is expected", where=CONFIG)
@@ -89,7 +97,9 @@ def _numbers(config: dict[str, Any]) -> tuple[float, int | None]:
         raise Mismatch(f"lora_parameters.scale is {quoted(repr(scale))}, a number is expected", where=CONFIG, hint=ADD)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise Corrupt(f"lora_parameters.rank is {quoted(repr(rank))}, which no adapter has", where=CONFIG)
-    return float(scale), rank
+    dropout = settings.get("dropout")
+    known = isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout < 1
+    return float(scale), rank, float(dropout) if known else 0.0
 
 
 def _site(path: str, parts: dict[str, Any], scale: float, rank: int | None) -> Site:
@@ -110,7 +120,8 @@ def _site(path: str, parts: dict[str, Any], scale: float, rank: int | None) -> S
     embedding = path.rpartition(".")[2] in EMBEDDINGS
     if embedding and "m" in parts:
         raise Mismatch(f"{quoted(path)} has DoRA by token, no other program has it on embeddings")
-    more = {"transposed": True, "embedding": True} if embedding else {}
+    conv1d = ours(path) != path and is_turned(ours(path))
+    more = {"transposed": embedding or conv1d, "embedding": embedding}
     params = {"A": turned(parts["A"]), "B": turned(parts["B"]), **{k: v for k, v in parts.items() if k == "m"}}
     tuner = registry.load("tuners", "dora" if "m" in parts else "lora")
     return Site(tuner(r=a[1], alpha=scale * a[1], **more), params)

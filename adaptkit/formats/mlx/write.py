@@ -15,20 +15,26 @@ from ...store.safetensors import load_json
 from ..base import Note
 from ..fold import chosen, padded, stored, with_scale
 from ..save import folder, ordered
+from .ends import UNKNOWN, doubtful, tied
+from .names import theirs
 from .read import EMBEDDINGS
 
 LAYER = re.compile(r"(?:.+\.)?(?:layers|h|blocks)\.\d+\.(?P<rest>.+)")
 IMAGES = ("unet.", "transformer.down", "transformer.single", "transformer.transformer_blocks.", "text_encoder")
 
 
-def write(adapter: Adapter, path: Path, drop: Collection[str] = ()) -> list[Note]:
+def write(adapter: Adapter, path: Path, base: Path | None = None, drop: Collection[str] = ()) -> list[Note]:
     """Write a folder with adapter_config.json and adapters.safetensors. Raises Mismatch for what MLX cannot hold."""
     if adapter.whole and not adapter.sites and not drop:
         folder(path, "adapters.safetensors", ordered(adapter.whole), {}, _full(adapter), by="mlx")
         return []
-    sites, _, notes = chosen(adapter, "mlx", {"embedding", "dora"}, drop)
+    left = {"embedding"} & set(drop) if tied(base) else set()
+    sites, _, notes = chosen(adapter, "mlx", {"embedding", "dora"} - left, drop)
     _fit(sites)
-    sites = _one_rank(_one_scale(sites, notes), notes)
+    notes += [Note("kept", p, UNKNOWN) for p in doubtful(sites, base, "--drop embedding leaves it out")]
+    names = theirs(sites, base)
+    notes += [Note("renamed", p, f"{n} in mlx-lm") for p, n in names.items() if n != p]
+    sites = {names[p]: s for p, s in _one_rank(_one_scale(sites, notes), notes).items()}
     tensors: dict[str, np.ndarray] = {}
     for name, site in sites.items():
         tensors |= {f"{name}.lora_a": stored(site.params["A"]).T, f"{name}.lora_b": stored(site.params["B"]).T}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from ...errors import Mismatch, quoted
@@ -11,20 +12,36 @@ from ...select import fullmatches
 from ...store.checkpoint import warn
 
 LITERAL = re.compile(r"[\w.]+")
+ANCHORED = re.compile(r"\^((?:\w|\\?[.-])+)")
 
 
 def lookup(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
     """The number for a module. The first key in the file's order decides, as in PEFT."""
     for key, value in (patterns or {}).items():
-        if _matches(key, path):
+        if matches(key, path):
             return value
     return default
 
 
-def _matches(key: str, path: str) -> bool:
-    if LITERAL.fullmatch(key):  # nearly all keys; their dots can only mean dots
-        return path == key or path.endswith("." + key)
+def matches(key: str, path: str) -> bool:
+    """Whether a key of a pattern means a module. Raises Corrupt for what is no regular expression."""
+    end, whole = _plain(key)
+    if whole:
+        return path == whole
+    if end:
+        return path == key or path.endswith(end)
     return bool(fullmatches(rf"(?:.*\.)?(?:{key})", [path]))
+
+
+@lru_cache(maxsize=1 << 14)
+def _plain(key: str) -> tuple[str, str]:
+    """The end or the whole of a path that a key is, "" where it is neither: nearly all are, and a thousand are usual.
+
+    Their dots can only mean dots.
+    """
+    if LITERAL.fullmatch(key):
+        return f".{key}", ""
+    return "", found[1].replace("\\", "") if (found := ANCHORED.fullmatch(key)) else ""
 
 
 def unmatched(config: Mapping[str, Any], paths: Collection[str]) -> None:
@@ -35,7 +52,7 @@ def unmatched(config: Mapping[str, Any], paths: Collection[str]) -> None:
     """
     for field in ("rank_pattern", "alpha_pattern"):
         for key in config.get(field) or {}:
-            if any(_matches(key, path) for path in paths):
+            if any(matches(key, path) for path in paths):
                 continue
             if not LITERAL.fullmatch(key):
                 raise Mismatch(

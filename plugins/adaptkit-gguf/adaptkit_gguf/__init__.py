@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from adaptkit import Adapter, AdaptKitError, Format, LoRA, Note, Site, appearing, fold
+from adaptkit import Adapter, AdaptKitError, Corrupt, Format, LoRA, Note, Site, appearing, fold
 
 LLAMA = {
     "token_embd": "model.embed_tokens",
@@ -103,7 +103,7 @@ class Gguf(Format):
             said = {k: f.contents() for k, f in file.fields.items()}
             tensors = {t.name: numbers(gguf, t) for t in file.tensors}
         except Exception as e:  # the reader lets whatever it stumbles over through
-            raise AdaptKitError(f"is no sound GGUF file ({type(e).__name__}: {e})", where=path.name) from None
+            raise unsound(e, path.name) from None
         try:
             return adapter_of(said, tensors, base)
         except AdaptKitError as e:
@@ -118,6 +118,10 @@ class Gguf(Format):
             tensors |= named(place, site, model, notes)
         save(path, model, alpha, tensors, adapter.meta)
         return notes
+
+
+def unsound(error, where):
+    return Corrupt(f"is no sound GGUF file ({type(error).__name__}: {error})", where=where, hint="fetch it again")
 
 
 def library():
@@ -172,7 +176,7 @@ def from_gguf(base):
     except AdaptKitError:
         raise
     except Exception as e:
-        raise AdaptKitError(f"is no sound GGUF file ({type(e).__name__}: {e})", where=base) from None
+        raise unsound(e, base) from None
 
 
 def arch_named(name):
@@ -252,7 +256,7 @@ def narrowed(array, where, notes):
         raise AdaptKitError(f"{where} has numbers that are not finite, or too large for float32")
     if array.dtype != np.float64:
         return np.ascontiguousarray(array)
-    notes.append(Note("folded", where, "float64 was rounded to float32, the widest that llama.cpp computes with"))
+    notes.append(Note("rounded", where, "float64 was rounded to float32, the widest that llama.cpp computes with"))
     return array.astype("f4")
 
 
@@ -313,7 +317,7 @@ def reading_model(said, base):
     if base is None:
         arch = arch_named(name)
         if arch.moved:
-            hint = "give the base model, or a folder with its config.json (--base)"
+            hint = "give the base model, or a folder with its config.json (--base of inspect and convert)"
             raise AdaptKitError(
                 f"{name}'s q and k are in the order of its heads, whose number is not in the file", hint=hint
             )
@@ -346,5 +350,6 @@ def site(name, A, B, alpha, model):
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise AdaptKitError(f"{name}: lora_a {list(A.shape)} and lora_b {list(B.shape)} do not fit each other")
     r = A.shape[0]
-    tuner = LoRA(r=r, alpha=alpha or float(r), transposed=embedding, embedding=embedding)
+    conv1d = model.arch.name == "gpt2" and name.startswith("blk.")  # stored as (in, out) in transformers
+    tuner = LoRA(r=r, alpha=alpha or float(r), transposed=embedding or conv1d, embedding=embedding)
     return Site(tuner, {"A": A, "B": moved(name, B, model, back=True)})

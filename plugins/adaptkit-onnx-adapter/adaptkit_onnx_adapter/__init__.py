@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from adaptkit import Adapter, AdaptKitError, Format, LoRA, Note, Site, appearing, fold
+from adaptkit import Adapter, AdaptKitError, Corrupt, Format, LoRA, Note, Site, appearing, fold
 
 NAME = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 GRAPH = re.compile(r".+\.lora_[AB]\.(?!weight$)[^.]+\.weight")  # the exporter's names: the scale stays in the graph
@@ -55,7 +55,8 @@ class OnnxAdapter(Format):
         except AdaptKitError:
             raise
         except Exception as e:  # whatever the library stumbles over
-            raise AdaptKitError(f"is no sound ONNX Runtime adapter ({first_line(e)})", where=path.name) from None
+            text = f"is no sound ONNX Runtime adapter ({first_line(e)})"
+            raise Corrupt(text, where=path.name, hint="fetch it again") from None
         try:
             sites = sites_of(values)
         except AdaptKitError as e:
