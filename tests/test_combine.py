@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import FIXTURES
+from safetensors.numpy import save_file
 
 from adaptkit import Adapter, AdaptKitError, AdaptKitWarning, Site, combine, read, resize, write
 from adaptkit.cli.app import run
@@ -23,7 +25,7 @@ from adaptkit.tuners.ia3 import IA3
 from adaptkit.tuners.lora import LoRA
 from adaptkit.tuners.virtual import PromptTuning
 from adaptkit.verbs import thin
-from adaptkit.verbs.combine import combined
+from adaptkit.verbs.combine import combined, rehearsed
 
 LLAMA = FIXTURES / "adapters" / "llama"
 PATH = "net.0"
@@ -102,6 +104,13 @@ def test_clamped_factors_are_cut_at_one_size(clamp: float):
 
     assert abs(np.abs(B).max() - t) < 1e-5 * t
     np.testing.assert_allclose(A, np.clip(free.params["A"], -t, t), atol=1e-6)
+
+
+def test_a_clamp_that_leaves_nothing_is_said():
+    """The quantile is of signed numbers: from the middle down, all factors become one number."""
+    with pytest.warns(AdaptKitWarning, match="--clamp 0.3 cuts at or below zero"):
+        made = combined([lora(0), lora(1)], clamp=0.3).sites[PATH]
+    assert len({*made.params["A"].ravel().tolist(), *made.params["B"].ravel().tolist()}) == 1
 
 
 CASES = {
@@ -406,6 +415,93 @@ def test_the_command_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFix
     assert "1 of rank 4" in printed.out and "different bases" in printed.err
     assert run(words) == 2 and "--overwrite" in capsys.readouterr().err
     assert run([*words, "--overwrite", "--quiet"]) == 0
+
+
+def _nan(folder: Path) -> list[str]:
+    broken = lora(1)
+    tensors = {f"base_model.model.{PATH}.lora_{k}.weight": v.copy() for k, v in broken.sites[PATH].params.items()}
+    write(broken, folder)
+    tensors[f"base_model.model.{PATH}.lora_A.weight"][0, 0] = np.nan
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return []
+
+
+def _wide(folder: Path) -> list[str]:
+    write(lora(1, into=40), folder)
+    return []
+
+
+def _high(folder: Path) -> list[str]:
+    write(lora(1, r=6), folder)
+    return ["--method", "linear"]
+
+
+def _taken(folder: Path) -> list[str]:
+    write(lora(1), folder)
+    (folder.parent / "o").mkdir()
+    (folder.parent / "o" / "mine").write_text("")
+    return []
+
+
+@pytest.mark.parametrize("harm", [_nan, _wide, _high, _taken])
+def test_a_dry_run_refuses_what_the_run_refuses(harm: Callable[[Path], list[str]], tmp_path: Path, capsys):
+    """With the same words: numbers, shapes, ranks and the output are all looked at."""
+    write(lora(0), tmp_path / "a")
+    words = ["combine", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "o"), *harm(tmp_path / "b")]
+
+    codes = run([*words, "--dry-run"]), run(words)
+    dry, real = capsys.readouterr().err.splitlines()
+    assert codes[0] == codes[1] != 0 and dry == real
+
+
+def test_a_dry_run_of_prompts_compares_their_lengths(tmp_path: Path):
+    """Of another length they cannot be averaged."""
+    sites = [Site(PromptTuning(tokens=n), {"P": np.ones((n, 8), "f4")}) for n in (3, 5)]
+    with pytest.raises(AdaptKitError, match=r"\[3, 8\] and \[5, 8\]"):
+        rehearsed([Adapter({"": s}) for s in sites], tmp_path / "o", method="linear")
+
+
+@pytest.mark.parametrize("verb", [combine, lambda *a, **k: resize(*a, rank=2, **k)])
+def test_an_output_that_is_taken_is_refused_before_the_work(verb: Callable[..., Any], tmp_path: Path):
+    """Not after what may be an hour."""
+    (tmp_path / "mine").write_text("")
+    steps: list[tuple[int, int]] = []
+    with pytest.raises(AdaptKitError, match="not empty"):
+        verb(LLAMA / "lora", tmp_path, progress=lambda *step: steps.append(step))
+    assert steps == []
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("take", [1, 2])
+def test_biases_that_are_taken_keep_their_setting(bias: str, take: int, tmp_path: Path):
+    """Without it no program knows what the tensors are: the result could not be read again."""
+    trained, plain = lora(0), lora(1)
+    trained.about, plain.about = {"bias": bias}, {"bias": "none"}
+    trained.whole = {f"{PATH}.bias": np.arange(24, dtype="f4")}
+    pair = [trained, plain] if take == 1 else [plain, trained]
+    write(combined(pair, take=take), tmp_path / "o")
+    made = read(tmp_path / "o")
+
+    assert made.about["bias"] == bias and not made.about["modules_to_save"]
+    np.testing.assert_array_equal(load(made.whole[f"{PATH}.bias"]), np.arange(24))
+    assert combined(pair, take=3 - take).whole == {}
+
+
+def test_of_several_adapters_the_message_says_whose_file_is_wrong(tmp_path: Path, capsys):
+    """All of them have files of one name."""
+    for name in ("a", "b"):
+        write(lora(0), tmp_path / name)
+    (tmp_path / "b/adapter_model.safetensors").write_bytes(b"")
+
+    assert run(["combine", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "o")]) == 3
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/b/adapter_model.safetensors: file has 0 bytes")
+
+
+def test_of_different_kinds_the_message_says_which_is_what(tmp_path: Path):
+    """And what can be done with them."""
+    words = "different kinds cannot be combined: ia3 is ia3, lora is lora; merge them"
+    with pytest.raises(AdaptKitError, match=words):
+        combine([LLAMA / "lora", LLAMA / "ia3"], tmp_path / "o")
 
 
 def test_bases_that_agree_are_kept(tmp_path: Path):

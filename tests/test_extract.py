@@ -413,6 +413,7 @@ REFUSED = {
     "neither": (["--energy", "2"], 2, "--energy: 2.0 is not a share"),
     "both": (["--rank", "2", "--energy", "0.5"], 2, "give either --rank or --energy"),
     "rank": (["--rank", "0"], 2, "--rank: 0 is not a rank"),
+    "a bound for a rank": (["--rank", "4", "--max-rank", "2"], 2, "--max-rank: bounds what --energy asks for"),
     "selection": (["--rank", "2", "--target-modules", "nope"], 4, "no module matches"),
     "same": (["--rank", "2"], 4, "the two models are the same"),
 }

@@ -673,12 +673,12 @@ def rehearsal_floor(place: Path) -> int:
 
 @pytest.mark.slow
 def test_of_two_runs_into_one_output_one_wins_and_the_other_says_why(large, tmp_path):
-    """Started together: one finishes as if alone, the other ends at once and names the first."""
+    """Started together: one finishes as if alone, the other ends at once and names the first, or finds its output."""
     place = at(tmp_path, large)
     found = sorted((ended(p) for p in [start(place), start(place)]), key=lambda e: e.code)
     assert found[0].code == 0, found
     assert found[1].code in (2, 6)
-    assert re.search(r"in use by (pid \d+ on|another run)", found[1].err), found
+    assert re.search(r"in use by (pid \d+ on|another run)|is not empty", found[1].err), found
     assert len(found[1].lines) == 1
     assert tree(place / "out") == large.wanted
 

@@ -16,6 +16,9 @@ from hub.state import READ, WRITE
 from places import FIXTURES
 from safetensors.numpy import save
 
+from adaptkit import AdaptKitError
+from adaptkit.verbs.push import sound
+
 MODEL, LORA = FIXTURES / "models" / "llama", FIXTURES / "adapters" / "llama" / "lora"
 PLAIN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -174,6 +177,28 @@ def test_a_push_of_what_is_there_already_says_so(hub, shell, model):
         == f"{hub.url}/user/new/commit/{repo.branches['main']} (all of it was there already)\n"
     )
     assert (len(repo.commits), repo.pulls) == (2, [])
+    figures = json.loads(shell("push", model, "user/new", "--json").out)
+    assert (figures["files"], figures["bytes"]) == (0, 0)
+
+
+@pytest.mark.parametrize("branch", ["two words", "../../main", "-x"])
+def test_a_branch_that_can_be_none_is_refused_here(hub, shell, model, branch):
+    """As after the @ of an id, before anybody is asked."""
+    done = shell("push", model, "user/new", f"--revision={branch}")
+
+    assert done.code == 2 and done.err == f"error: --revision: {branch!r} is not the name of a branch\n"
+    assert ("model", "user/new") not in hub.state.repos
+
+
+@pytest.mark.parametrize("before", [(8 << 20) - 9, 65 << 20])
+def test_a_token_is_found_wherever_it_stands(lora, before):
+    """Between two blocks, and far down a long file."""
+    with open(lora / "notes.txt", "wb") as file:
+        file.seek(before)
+        file.write(b" hf_" + b"a" * 30)
+
+    with pytest.raises(AdaptKitError, match="notes.txt: holds what looks like a Hub token"):
+        sound(lora)
 
 
 def test_a_pull_request_leaves_main_alone(hub, shell, model):

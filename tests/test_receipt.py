@@ -89,6 +89,58 @@ def test_verify_bears_a_receipt_of_nonsense(tmp_path: Path, inputs: object):
     assert adaptkit.verify(tmp_path / "out", base=MODEL, adapters=ADAPTERS / "lora", sample=1).others == []
 
 
+TWO = [ADAPTERS / "lora", ADAPTERS / "rslora"]
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters, merged in float32 with weights."""
+    out = tmp_path_factory.mktemp("weighted") / "out"
+    adaptkit.merge(MODEL, TWO, out, weights=[0.6, -0.3], dtype="float32")
+    return out
+
+
+def test_unmerge_takes_the_weights_of_the_merge(weighted: Path, tmp_path: Path):
+    """With weights of 1 the result would be no model that anybody ever had."""
+    with pytest.warns(adaptkit.AdaptKitWarning, match="taken out with weights 0.6,-0.3, as adaptkit.json says"):
+        adaptkit.unmerge(weighted, TWO, tmp_path / "back")
+    old, new = open_checkpoint(MODEL).entries, open_checkpoint(tmp_path / "back").entries
+
+    for name in old:
+        np.testing.assert_allclose(load(new[name], "f8"), load(old[name], "f8"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "words"), [(TWO[:1], "says weights 0.6,-0.3, of lora, rslora; 1 given"), (TWO[::-1], "other bytes")]
+)
+def test_weights_of_other_adapters_are_not_taken(adapters: list[Path], words: str, weighted: Path, tmp_path: Path):
+    """One of the two, or both in another order: it has to be said which weight is whose."""
+    with pytest.raises(adaptkit.AdaptKitError, match=f"adaptkit.json: .*{words}.*--weights"):
+        adaptkit.unmerge(weighted, adapters, tmp_path / "back")
+    assert not list(tmp_path.iterdir())
+    assert adaptkit.unmerge(weighted, adapters, tmp_path / "back", weights=[1.0] * len(adapters)).changed
+
+
+def test_verify_says_where_weights_come_from_that_nobody_gave(weighted: Path):
+    """They are adaptkit.json's, of two adapters."""
+    with pytest.raises(adaptkit.AdaptKitError, match="adaptkit.json: says weights 0.6,-0.3, of lora, rslora; 1 given"):
+        adaptkit.verify(weighted, base=MODEL, adapters=TWO[:1])
+
+
+def test_a_merge_with_a_weight_of_zero_is_verified(tmp_path: Path):
+    """Zero is a weight like others."""
+    adaptkit.merge(MODEL, TWO, tmp_path / "out", weights=[0, 1])
+    with pytest.warns(adaptkit.AdaptKitWarning, match="compared with weights 0,1"):
+        assert adaptkit.verify(tmp_path / "out", base=MODEL, adapters=TWO).ok
+
+
+def test_of_another_model_no_more_tensors_differ_than_there_are():
+    """Those that only one has count on both sides."""
+    found = adaptkit.verify(FIXTURES / "models" / "gpt2", base=MODEL, adapters=TWO[0])
+
+    assert len(found.wrong) <= found.tensors
+
+
 def test_combine_resize_and_extract_say_what_they_were_made_of(tmp_path: Path):
     """Verb, options, inputs; the base's path is nobody's business."""
     lora = ADAPTERS / "lora"

@@ -115,8 +115,18 @@ def test_a_picture_without_matplotlib_is_one_line(tmp_path: Path, capsys, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words = ["resize", str(LLAMA / "lora"), "-o", str(tmp_path / "o"), "--rank", "2", "--plot", str(tmp_path / "p.png")]
 
-    assert run(words) == 2 and not (tmp_path / "o").exists()
+    assert run(words) == 4 and not (tmp_path / "o").exists()
     assert "pip install adaptkit[plot]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["folder.png", "p.txt", "no/where.png"])
+def test_a_picture_that_has_no_place_is_refused_before_the_work(name: str, tmp_path: Path, capsys):
+    """A folder of that name, too."""
+    (tmp_path / "folder.png").mkdir()
+    words = ["resize", str(LLAMA / "lora"), "-o", str(tmp_path / "o"), "--rank", "2", "--plot", str(tmp_path / name)]
+
+    assert run(words) == 2 and not (tmp_path / "o").exists()
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.slow

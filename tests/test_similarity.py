@@ -121,6 +121,16 @@ def test_what_cannot_be_compared_is_named_with_the_reason():
     assert "multiplies" in found.uncompared["i"]
 
 
+def test_a_bias_trained_with_the_update_is_named():
+    """It is no part of the product, so no cosine counts it."""
+    biased = site(1)
+    biased.params["c"] = np.ones(8, "f4")
+    pair = adaptkit.inspect([Adapter({"h": biased}), Adapter({"h": site(1)})]).pairs[0]
+
+    assert pair.cosine == pytest.approx(1)
+    assert list(pair.uncompared) == ["h.bias"] and "lora_bias" in pair.uncompared["h.bias"]
+
+
 def test_ia3_is_compared_by_its_relative_change():
     """l - 1 is what it does to the weight."""
     one, other = (Adapter({"k": Site(IA3(), {"l": np.array(l, "f4")})}) for l in ([2, 1, 1], [2, 2, 1]))

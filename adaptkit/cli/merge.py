@@ -69,10 +69,13 @@ def sentence(did: str, merged: Any) -> str:
 def _rehearse(
     base: str, adapters: tuple[str, ...], output: Path | None, as_json: bool, options: dict[str, Any]
 ) -> None:
-    from ..verbs.merge import sensible
+    from ..engines.device import checked
+    from ..verbs.merge import possible, sensible
     from ..verbs.plan import plan
 
     sensible(output, *(options[k] for k in ("push", "streaming", "private")))
+    possible(options["engine"], options["workers"])
+    checked(options["device"])
     known = ("weights", "dtype", "max_shard_size", "workers", "overwrite")
     found = plan(base, list(adapters) or None, output, **{k: options[k] for k in known})
     if as_json:

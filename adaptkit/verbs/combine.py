@@ -15,6 +15,7 @@ from ..adapter import Adapter, Site
 from ..engines.device import checked
 from ..errors import Mismatch, Usage, some
 from ..formats.peft.write import write
+from ..store import destination
 from ..store.arrays import load
 from ..store.checkpoint import warn
 from ..tuners.experts import packing
@@ -75,22 +76,26 @@ def combine(
     Raises Usage, Corrupt, Mismatch or System. docs/combine.md has the formulas.
     """
     start = time.monotonic()
-    read = adapters_of(adapters)
-    for adapter in read:
-        thin.check_numbers(adapter)
+    read = _readable(adapters, output, overwrite)
     how = _recipe(read, method, weights, rank, clamp, density, majority_sign, seed, device, workers)
     made = _combined(read, how, take, checked(device), progress)
     _warn_of_nothing(made)
-    options = {
-        "verb": "combine",
-        "take": take,
-        **{k: v for k, v in vars(how).items() if k not in ("device", "workers")},
-    }
+    chosen = {k: v for k, v in vars(how).items() if k not in ("device", "workers")}  # which change no number
+    options = {"verb": "combine", "take": take, **chosen}
     beside, receipt = tokenizer(read, take), said(options, read)
     write(made, Path(output), overwrite=overwrite, inputs=paths_of(read), beside=beside, said=receipt)
     found = described(made, Path(output), how)
     found.seconds = time.monotonic() - start
     return found
+
+
+def _readable(adapters: Source | Sequence[Source], output: str | Path, overwrite: bool) -> list[Adapter]:
+    """The adapters, with sound numbers, when the result has a place to go to."""
+    read = adapters_of(adapters)
+    destination.checked(Path(output), paths_of(read), overwrite)
+    for adapter in read:
+        thin.check_numbers(adapter)
+    return read
 
 
 def _warn_of_nothing(made: Adapter) -> None:
@@ -122,16 +127,27 @@ def combined(
 
 
 def rehearsed(
-    adapters: Source | Sequence[Source], output: str | Path, *, take: int | None = None, **options: Any
+    adapters: Source | Sequence[Source],
+    output: str | Path,
+    *,
+    take: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    **options: Any,
 ) -> Combined:
-    """What `combine` would make, with everything checked that needs no numbers, and nothing written."""
-    read = adapters_of(adapters)
-    options.pop("overwrite", None)
+    """What `combine` would make, with everything checked but what only the sums show, and nothing written."""
+    read = _readable(adapters, output, overwrite)
+    checked(device)
     options["majority"] = options.pop("majority_sign", "total")
-    how = _recipe(read, **{"weights": None, "rank": None, "clamp": None, "density": None, "seed": 0, **options})
+    left_out = {"weights": None, "rank": None, "clamp": None, "density": None, "seed": 0}
+    how = _recipe(read, **{**left_out, **options, "device": device})
     whole, tokens = replaced(read, take)
-    places = sums.gathered(read)
-    ranks = Counter(sums.rank_after(t, how) for _, t in places if kind_of(read) == "lora")
+    places, kind = sums.gathered(read), kind_of(read)
+    sums.fitting(kind, places, how)
+    _packed_alike(read)
+    _meta(read)
+    tokenizer(read, take)
+    ranks = Counter(sums.rank_after(t, how) for _, t in places if kind == "lora")
     kept = sorted(whole) + sorted(tokens)
     return Combined(Path(output), how.method, list(how.weights), len(places), dict(sorted(ranks.items())), kept)
 
@@ -147,10 +163,12 @@ def described(adapter: Adapter, output: Path, how: Recipe) -> Combined:
 
 def kind_of(adapters: Sequence[Adapter]) -> str:
     """lora, ia3 or prompt. Raises Mismatch when adapters are of several kinds."""
-    kinds = {k for a in adapters for k in _kinds(a)}
+    kinds = {k: thin.named(a) or f"adapter {i}" for i, a in enumerate(adapters, 1) for k in _kinds(a)}
     if len(kinds) > 1:
-        raise Mismatch(f"adapters of different kinds ({some(sorted(kinds))}) cannot be combined")
-    kind = kinds.pop() if kinds else "lora"
+        who = some([f"{name} is {kind}" for kind, name in sorted(kinds.items())])
+        hint = "merge them into their base, one after another"
+        raise Mismatch(f"adapters of different kinds cannot be combined: {who}", hint=hint)
+    kind = next(iter(kinds), "lora")
     return "prompt" if kind in VIRTUAL else kind
 
 
@@ -184,6 +202,7 @@ def _combined(
     adapters: list[Adapter], how: Recipe, take: int | None, device: Any, progress: Callable[[int, int], None] | None
 ) -> Adapter:
     whole, tokens = replaced(adapters, take)
+    _packed_alike(adapters)
     total, done = len(sums.gathered(adapters)), 0
 
     def count(n: int) -> None:
@@ -193,7 +212,7 @@ def _combined(
             progress(done, total)
 
     sites = WAYS[kind_of(adapters)](adapters, how, device, count)
-    return Adapter(sites | tokens, whole, _meta(adapters), _about(adapters, sites))
+    return Adapter(sites | tokens, whole, _meta(adapters), _about(adapters, sites, take))
 
 
 def replaced(adapters: Sequence[Adapter], take: int | None) -> tuple[dict[str, Any], dict[str, Site]]:
@@ -230,21 +249,25 @@ def _meta(adapters: Sequence[Adapter]) -> dict[str, str]:
     return {"base": bases[0]} if len(bases) == 1 else {}
 
 
-def _about(adapters: Sequence[Adapter], sites: dict[str, Site]) -> dict[str, Any]:
-    """Settings that the result keeps: of prompts all, of the rest what the adapters agree on."""
+def _about(adapters: Sequence[Adapter], sites: dict[str, Site], take: int | None) -> dict[str, Any]:
+    """Settings that the result keeps: of prompts all, of the rest what the adapters agree on.
+
+    `bias` says what replaced biases are, so it is that of the adapter they come from.
+    """
     if "" in sites:
         return dict(adapters[0].about) | {"num_virtual_tokens": sites[""].tuner.tokens}
     first = adapters[0].about
-    about = {"peft_version": first.get("peft_version")} if _packed_alike(adapters, sites) else {}
-    alike = [k for k in ("task_type", "bias", "revision") if k in first]
-    return about | {k: first[k] for k in alike if all(a.about.get(k) == first[k] for a in adapters)}
+    about = {"peft_version": first.get("peft_version")} if _packed_alike(adapters) else {}
+    alike = [k for k in ("task_type", "revision") if k in first]
+    about |= {k: first[k] for k in alike if all(a.about.get(k) == first[k] for a in adapters)}
+    return about | {"bias": adapters[(take or 1) - 1].about.get("bias", "none")}
 
 
-def _packed_alike(adapters: Sequence[Adapter], sites: dict[str, Site]) -> bool:
+def _packed_alike(adapters: Sequence[Adapter]) -> bool:
     """Whether all adapters pack experts one way. Raises Mismatch when they do not and no shape tells which."""
     ways = {packing(str(a.about.get("peft_version") or "")) for a in adapters}
-    stacks = {p: s.params for p, s in sites.items() if s.tuner.name == "experts"}
-    square = [p for p, v in stacks.items() if v["A"].shape[1] == v["B"].shape[0]]
+    stacks = {p: s for a in adapters for p, s in a.sites.items() if s.tuner.name == "experts"}
+    square = [p for p, (_, out, into, _) in zip(stacks, map(thin.sized, stacks.values()), strict=True) if out == into]
     if len(ways) > 1 and square:
         raise Mismatch(
             f"{some(square)} is square, and the adapters come from versions of PEFT that pack experts differently",

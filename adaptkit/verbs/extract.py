@@ -33,6 +33,7 @@ from . import stacks
 from .inputs import dtype_of, model_of, workers_of
 from .merge import check_pickles, unhurried
 from .receipt import about
+from .recipe import how_thin
 from .targets import rule_of
 
 Progress = Callable[[int, int], None]
@@ -131,13 +132,7 @@ class _Asked:
     device: Any
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise Usage("give either --rank or --energy", where="extract", hint="such as --rank 16")
-        for option, value in (("--rank", self.rank), ("--max-rank", self.most)):
-            if value is not None and value < 1:
-                raise Usage(f"{value} is not a rank", where=option, hint="give a number from 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise Usage(f"{self.energy} is not a share", where="--energy", hint="give a number between 0 and 1")
+        how_thin(self.rank, self.energy, self.most)
         if self.seed < 0:
             raise Usage(f"{self.seed} is negative", where="--seed")
 
@@ -151,7 +146,7 @@ class _Asked:
         if self.energy is not None:
             found = holding(given, self.energy, seed, most=self.most)
         else:
-            found = truncated(given, min(self.rank, self.most or self.rank), seed)
+            found = truncated(given, self.rank, seed)
         if self.device is not None:
             found.L, found.R = found.L.cpu().numpy(), found.R.cpu().numpy()
         return found
@@ -398,7 +393,7 @@ class Rehearsed:
 
 def rehearsed(finetuned: str | Path, base: str | Path, output: str | Path, **options: Any) -> Rehearsed:
     """What `extract` would do, from headers alone. Takes the options of `extract`."""
-    asked = _Asked(options["rank"], options["energy"], options["max_rank"], options["seed"], None)
+    asked = _Asked(options["rank"], options["energy"], options["max_rank"], options["seed"], checked(options["device"]))
     places = (options["target_modules"], options["layers"], options["overwrite"])
     with glance(finetuned, "model") as new, glance(base, "model") as old:
         work = _Work.planned(new, old, output, *places)

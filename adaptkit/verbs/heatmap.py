@@ -38,7 +38,7 @@ def draw(panels: list[Panel], file: Path, signed: bool) -> None:
     axes = figure.subplots(len(grids), 1, squeeze=False, height_ratios=tall)[:, 0]
     for ax, (title, kinds, layers, table) in zip(axes, grids, strict=True):
         _panel(figure, ax, title, kinds, layers, table, signed)
-    _save(figure, file)
+    save(figure, file)
 
 
 def _panel(figure: Any, ax: Any, title: str, kinds: list, layers: list, table: list, signed: bool) -> None:
@@ -53,11 +53,11 @@ def _panel(figure: Any, ax: Any, title: str, kinds: list, layers: list, table: l
     figure.colorbar(image, ax=ax, label="cosine" if signed else "norm of the update")
 
 
-def _save(figure: Any, file: Path) -> None:
+def save(figure: Any, file: Path, dpi: int = 120) -> None:
     """Drawn beside its place, then moved there, so that a picture is whole or absent."""
     beside = file.with_name(f".{file.name}.tmp")
     try:
-        figure.savefig(beside, format=file.suffix[1:].lower(), dpi=120)
+        figure.savefig(beside, format=file.suffix[1:].lower(), dpi=dpi)
         os.replace(beside, file)
     except OSError as e:
         raise System(f"cannot be written ({e.strerror})", where=file) from e

@@ -48,10 +48,18 @@ def opened(path: Path) -> Checkpoint:
         return open_checkpoint(path)
 
 
-def adapter_at(path: Path, base: Path | None = None) -> Adapter:
-    """An adapter on this machine, with its model where that is known; errors as above."""
+def adapter_at(path: Path, base: Path | None = None, several: bool = False) -> Adapter:
+    """An adapter on this machine, with its model where that is known; errors as above.
+
+    several: whether it is one of several, so that errors have to say whose file they mean.
+    """
     with _by_id(path):
-        return read(path, base=base)
+        try:
+            return read(path, base=base)
+        except AdaptKitError as e:
+            if several and e.where and not origin(path) and (path / e.where).is_file():
+                e.where = path / e.where
+            raise
 
 
 @contextmanager
@@ -77,7 +85,12 @@ def adapters_of(
         raise Usage("no adapter was given", where="ADAPTER")
     here = base.path if isinstance(base, Checkpoint) else base
     known = Path(here) if isinstance(here, str | Path) and Path(here).exists() else None
-    return [s if isinstance(s, Adapter) else adapter_at(place(s, "adapter", progress=progress), known) for s in sources]
+    several = len(sources) > 1
+
+    def one(source: str | Path) -> Adapter:
+        return adapter_at(place(source, "adapter", progress=progress), known, several)
+
+    return [s if isinstance(s, Adapter) else one(s) for s in sources]
 
 
 def base_of(adapter: Adapter) -> str:

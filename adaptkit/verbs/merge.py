@@ -25,6 +25,7 @@ from ..store.checkpoint import Checkpoint, stamps, unchanged
 from ..store.disk import write_all
 from ..store.entry import Entry
 from ..store.hub import Ref, called
+from ..store.hub.ids import repo_of
 from ..store.output import Output
 from .inputs import Counter, Progress, Source, adapters_of, base_of, dtype_of, files_of, model_of, size_of, weights_of
 from .push import Wish, push_folder, writable
@@ -120,6 +121,8 @@ def sensible(output: str | Path | None, push: str | None, streaming: bool, priva
         raise Usage("goes from the Hub to the Hub", where="--streaming", hint="give --push user/name and no -o OUT")
     if private and not push:
         raise Usage("is about a repository of the Hub", where="--private", hint="give --push user/name")
+    if push:
+        repo_of(push, "--push")
 
 
 def pair(

@@ -21,7 +21,7 @@ class Pushed:
     """What a push did.
 
     id: of the repository.   url: of the commit or the pull request.   revision: the commit.
-    files, bytes: that were pushed; files is 0 when all was there already.    removed: weight files of an older model that the same commit deletes.
+    files, bytes: that were pushed; both are 0 when all was there already.    removed: weight files of an older model that the same commit deletes.
     """
 
     id: str

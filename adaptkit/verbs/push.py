@@ -18,8 +18,8 @@ from ..store.destination import ENDING
 from ..store.hub import Ref, ref_of, talk
 from ..store.hub.choose import ADAPTER, CONFIG
 from ..store.hub.fetch import File, digest_of
-from ..store.hub.ids import RECEIPT, SCHEME, repo_of
-from ..store.safepaths import inside, read_small
+from ..store.hub.ids import RECEIPT, SCHEME, is_revision, repo_of
+from ..store.safepaths import inside, open_regular
 from . import card as cards
 from . import publish
 from .publish import Pushed
@@ -30,6 +30,7 @@ WEIGHTS = {".safetensors", ".bin", ".gguf", ".onnx", ".npz", ".pt", ".pth"}
 NAMED = {CONFIG: "base_model_name_or_path", "config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
 STATE = {"runs", "logs", "wandb", "__pycache__"}
 Progress = Callable[[int, int], None]
+BLOCK, LONGEST = 8 << 20, 256  # bytes that are searched for a token at a time, and what is kept of them for the next
 SMALL = 10 << 20  # bytes that travel in the commit itself, unless the Hub wants them apart
 
 
@@ -54,6 +55,8 @@ def push(
     target = repo_of(repo, "REPO")
     if revision and target.revision and revision != target.revision:
         raise Usage(f"{target.revision!r} stands in the id already", where="--revision")
+    if revision and not is_revision(revision):
+        raise Usage(f"{quoted(revision)!r} is not the name of a branch", where="--revision")
     target = Ref(target.id, revision or target.revision)
     return push_folder(Path(folder), target, Wish(private, create_pr, message), progress)
 
@@ -100,8 +103,9 @@ def push_folder(folder: Path, target: Ref, wish: Wish, progress: Progress | None
     how = {"create_pr": wish.create_pr, "removed": removed, "description": wish.description}
     info = publish.commit(there, operations, message, **how)
     url, sha = publish.answered(info, wish.create_pr)
-    total = sum(path.stat().st_size for path in files.values())
-    return Pushed(target.id, url, sha, len(operations) if sha != there.sha else 0, total, removed)
+    if sha == there.sha:
+        return Pushed(target.id, url, sha, 0, 0, removed)
+    return Pushed(target.id, url, sha, len(operations), sum(p.stat().st_size for p in files.values()), removed)
 
 
 def _inputs(folder: Path) -> list[str]:
@@ -212,9 +216,14 @@ def _tells_nothing(name: str, path: Path) -> None:
     """Raises Unsafe for a token in anything that is not weights."""
     if path.suffix in WEIGHTS:
         return
-    raw, own = read_small(path), talk.own_token()
-    if TOKEN.search(raw) or (own and own.encode() in raw):
-        raise Unsafe("holds what looks like a Hub token (hf_...)", where=name, hint="remove it, and revoke the token")
+    own, end = (talk.own_token() or "").encode(), b""
+    with open(open_regular(path), "rb") as stream:
+        while block := stream.read(BLOCK):
+            seen = end + block
+            if TOKEN.search(seen) or (own and own in seen):
+                words = "holds what looks like a Hub token (hf_...)"
+                raise Unsafe(words, where=name, hint="remove it, and revoke the token")
+            end = seen[-LONGEST:]
 
 
 def _names_no_place(folder: Path, files: dict[str, Path]) -> None:

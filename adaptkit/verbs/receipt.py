@@ -17,9 +17,9 @@ from .. import registry
 from ..adapter import Adapter
 from ..algebra.overlap import Update, inner
 from ..engines.plan import Change, Plan, Target
-from ..errors import AdaptKitError
+from ..errors import AdaptKitError, Corrupt, Usage, quoted, some
 from ..store import journal
-from ..store.checkpoint import read_json
+from ..store.checkpoint import read_json, warn
 from ..store.hub import Ref, called, origin
 from ..store.hub.choose import CONFIG
 from ..store.hub.fetch import File, digest_of
@@ -81,8 +81,12 @@ def adapter_input(path: Path, files: Iterable[Path]) -> dict[str, Any]:
 
 def said(options: dict[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What a verb says that makes an adapter of adapters."""
-    given = [adapter_input(Path(a.meta["path"]), files_of(a)) for a in adapters if "path" in a.meta]
-    return {**about(options, None, paths_of(adapters)), "inputs": given}
+    return {**about(options, None, paths_of(adapters)), "inputs": inputs_said(adapters)}
+
+
+def inputs_said(adapters: Sequence[Adapter]) -> list[dict[str, Any]]:
+    """Adapters that were read from files, by those."""
+    return [adapter_input(Path(a.meta["path"]), files_of(a)) for a in adapters if "path" in a.meta]
 
 
 def paths_of(adapters: Sequence[Adapter]) -> list[Path]:
@@ -168,6 +172,35 @@ def _thin(changes: Sequence[Change]) -> float:
 
 
 # -- against what a receipt says
+
+
+def weights_said(folder: Path, count: int, did: str) -> list[float] | None:
+    """The weights that a merged model's adaptkit.json names, with a warning where one is not 1; None when it names none.
+
+    count: of adapters.   did: the first words of the warning. Raises Usage when the weights are of another number of adapters and not all 1.
+    """
+    file = folder / RECEIPT
+    said = read_json(file) if file.is_file() else {}
+    made = said.get("made")
+    if not isinstance(made, dict) or made.get("verb") != "merge" or "weights" not in made:
+        return None
+    weights = made["weights"]
+    if not isinstance(weights, list) or not all(map(_is_number, weights)) or not any(weights):
+        raise Corrupt(f"says weights {quoted(weights)}", where=RECEIPT, hint="say --weights")
+    if all(w == 1 for w in weights):
+        return None
+    shown = ",".join(f"{w:g}" for w in weights)
+    if len(weights) != count:
+        raise Usage(
+            f"says weights {shown}, of {some(said.get('adapters') or ['other adapters'])}; {count} given",
+            where=RECEIPT, hint="give these in this order, or say --weights",
+        )  # fmt: skip
+    warn(f"{did} with weights {shown}, as adaptkit.json says; --weights asks otherwise")
+    return [float(w) for w in weights]
+
+
+def _is_number(weight: Any) -> bool:
+    return type(weight) in (int, float) and math.isfinite(weight)
 
 
 def strangers(said: list[Any], now: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import Usage, quoted
+from ..store.checkpoint import warn
 from .inputs import weights_of, workers_of
 
 BLENDS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -64,6 +65,10 @@ def recipe(
     rank_of(rank)
     if clamp is not None and not 0 < clamp <= 1:
         raise Usage(f"{clamp} is not a quantile above 0 and up to 1", where="--clamp")
+    if clamp is not None and clamp <= 0.5:
+        warn(
+            f"--clamp {clamp:g} cuts at or below zero, half of the numbers being negative: one number is left of the update"
+        )
     return Recipe(
         method, tuple(weights_of(weights, count)), rank, clamp, _density(method, density), _majority(method, majority),
         int(seed), device, workers_of(workers),
@@ -75,6 +80,18 @@ def rank_of(rank: int | None, where: str = "--rank") -> int | None:
     if rank is not None and not 1 <= rank <= LARGEST_RANK:
         raise Usage(f"{rank} is not a rank between 1 and {LARGEST_RANK}", where=where)
     return rank
+
+
+def how_thin(rank: int | None, energy: float | None, max_rank: int | None) -> None:
+    """Raises Usage unless a rank is given, or an energy that max_rank may bound."""
+    if (rank is None) == (energy is None):
+        raise Usage("give either --rank or --energy", hint="such as --rank 16")
+    rank_of(rank)
+    rank_of(max_rank, "--max-rank")
+    if rank is not None and max_rank is not None:
+        raise Usage("bounds what --energy asks for; --rank is given already", where="--max-rank")
+    if energy is not None and not 0 < energy <= 1:
+        raise Usage(f"{energy} is not a share above 0 and up to 1", where="--energy", hint="write it as 0.95")
 
 
 def _density(method: str, density: float | None) -> float:

@@ -13,14 +13,15 @@ import numpy as np
 from ..adapter import Adapter
 from ..algebra import lowrank
 from ..engines.device import checked
-from ..errors import Mismatch, Usage
+from ..errors import Mismatch
 from ..formats.peft.write import write
+from ..store import destination
 from ..store.arrays import load
 from . import thin
 from .beside import tokenizer
 from .inputs import Source, adapters_of
 from .receipt import paths_of, said
-from .recipe import rank_of
+from .recipe import how_thin
 
 
 @dataclass
@@ -63,27 +64,27 @@ def resize(
     """Give a LoRA another rank, keeping as much of its update as possible.
 
     rank: of every site, at most what it has.    energy: or, share of the squared singular values to keep, which gives each
-    site the smallest rank that does; max_rank bounds it.    plot: PNG of the singular values, which needs matplotlib.
+    site the smallest rank that does; max_rank bounds it.    plot: a picture of the singular values, which needs matplotlib.
     output: a PEFT folder that appears when it is complete.  device: "auto", "cpu" or "cuda".   progress: (sites, of sites).
 
     Raises Usage, Corrupt, Mismatch or System.
     """
     start = time.monotonic()
     if plot is not None:
-        from . import spectra
+        from . import heatmap, spectra
 
-        spectra.check(plot)
+        plot = heatmap.checked(plot)
     (read,) = adapters_of(adapter)
+    inputs = paths_of([read])
+    destination.checked(Path(output), inputs, overwrite)
     thin.check_numbers(read)
     where = checked(device)
     made, report = resized(read, rank=rank, energy=energy, max_rank=max_rank, device=where, progress=progress)
     receipt = said({"verb": "resize", "rank": rank, "energy": energy, "max_rank": max_rank}, [read])
-    inputs, beside = paths_of([read]), tokenizer([read])
-    write(made, Path(output), overwrite=overwrite, inputs=inputs, beside=beside, said=receipt)
-    report.output = Path(output)
+    write(made, Path(output), overwrite=overwrite, inputs=inputs, beside=tokenizer([read]), said=receipt)
+    report.output, report.plot = Path(output), plot
     if plot is not None:
-        spectra.draw(report, Path(plot))
-        report.plot = Path(plot)
+        spectra.draw(report, plot)
     report.seconds = time.monotonic() - start
     return report
 
@@ -101,7 +102,7 @@ def resized(
 
     device: a torch device to compute on, None for NumPy. Tensors replaced outright and token rows are kept.
     """
-    _possible(rank, energy, max_rank)
+    how_thin(rank, energy, max_rank)
     thin.check_thin(adapter)
     jobs = [(p, [(1.0, s)]) for p, s in adapter.sites.items() if s.tuner.name != "tokens"]
     if not jobs:
@@ -118,17 +119,6 @@ def resized(
             progress(len(rows), len(jobs))
     made = Adapter(sites, dict(adapter.whole), {k: v for k, v in adapter.meta.items() if k == "base"}, _about(adapter))
     return made, _report([rows[p] for p, _ in jobs], adapter, made)
-
-
-def _possible(rank: int | None, energy: float | None, max_rank: int | None) -> None:
-    if (rank is None) == (energy is None):
-        raise Usage("give either --rank or --energy")
-    rank_of(rank)
-    rank_of(max_rank, "--max-rank")
-    if rank is not None and max_rank is not None:
-        raise Usage("bounds what --energy asks for; --rank is given already", where="--max-rank")
-    if energy is not None and not 0 < energy <= 1:
-        raise Usage(f"{energy} is not a share above 0 and up to 1", where="--energy", hint="write it as 0.95")
 
 
 def _about(adapter: Adapter) -> dict[str, Any]:

@@ -131,6 +131,10 @@ def _uncompared(a: Adapter, b: Adapter) -> dict[str, str]:
     lost = dict.fromkeys(
         (*a.whole, *b.whole), "a tensor that is replaced outright: how far it moved depends on the base"
     )
+    biased = [
+        f"{p}.bias" for p in {**a.sites, **b.sites} if any("c" in x.sites[p].params for x in (a, b) if p in x.sites)
+    ]
+    lost |= dict.fromkeys(biased, "a bias that was trained with the update (lora_bias)")
     mixed = [p for p in a.sites if p in b.sites and _multiplies(a.sites[p]) != _multiplies(b.sites[p])]
     return lost | dict.fromkeys(mixed, "one adapter multiplies the weight (ia3), the other adds to it")
 

@@ -5,42 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import System, Usage, quoted
+from ..errors import quoted
+from . import heatmap
 
 FLOOR = 1e-6  # of the largest value: what lies below is rounding
 PALETTE = "viridis"
-
-
-def check(file: str | Path) -> None:
-    """Raises before any work is done when the picture could not be drawn."""
-    if Path(file).suffix.lower() != ".png":
-        raise Usage(f"{quoted(file)} does not end in .png", where="--plot")
-    if not Path(file).absolute().parent.is_dir():
-        raise Usage("its folder does not exist", where=file)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise Usage("matplotlib is not installed", where="--plot", hint="pip install adaptkit[plot]") from None
 
 
 def draw(report: Any, file: Path) -> None:
     """One line per site, coloured by kind of module, each divided by its largest value; below, the ranks that were kept."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     top, low = figure.subplots(2, 1, height_ratios=[2, 1])
     groups = sorted({_group(r.name) for r in report.sites})
     colours = _colours(groups)
     _values(top, report, colours)
     _ranks(low, report, colours)
     figure.suptitle(f"Singular values of {len(report.sites)} sites; {report.energy:.2%} of the energy kept")
-    partial = file.with_name(f".{file.name}.tmp")
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(file)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise System(f"cannot be written ({e.strerror})", where=file) from e
+    heatmap.save(figure, file, dpi=150)
 
 
 def _group(name: str) -> str:

@@ -16,7 +16,7 @@ from ..engines.local import single_threaded_blas
 from ..errors import Mismatch, Usage, quoted
 from ..store.arrays import load, shape_of
 from . import thin
-from .recipe import Recipe
+from .recipe import BLENDS, Recipe
 
 Place = tuple[str, list[tuple[int, Site]]]  # a path, and the sites there with the number of their adapter
 Sites = dict[str, Site]
@@ -26,8 +26,7 @@ Done = Callable[[int], None]
 def loras(adapters: Sequence[Adapter], how: Recipe, device: Any, done: Done) -> Sites:
     """The combined sites of LoRA adapters, by path."""
     places = gathered(adapters)
-    for place in places:
-        _fitting(place)
+    fitting("lora", places, how)
     if how.method == "svd":
         made = _svd(places, how, device, done)
     else:
@@ -60,8 +59,13 @@ def gathered(adapters: Sequence[Adapter]) -> list[Place]:
     return list(places.items())
 
 
-def _fitting(place: Place) -> None:
-    path, terms = place
+def fitting(kind: str, places: list[Place], how: Recipe) -> None:
+    """Raises Mismatch for sites that cannot be combined, by their shapes alone. kind: "lora", "ia3" or "prompt"."""
+    for path, terms in places:
+        {"lora": _one_module, "ia3": _one_side, "prompt": _one_length}[kind](path, terms, how)
+
+
+def _one_module(path: str, terms: list[tuple[int, Site]], how: Recipe) -> None:
     seen = {i: (thin.sized(s)[:3], shape_of(s.params["A"])[2:], s.tuner.embedding) for i, s in terms}
     if len(set(seen.values())) > 1:
         shapes = " and ".join(
@@ -70,6 +74,27 @@ def _fitting(place: Place) -> None:
         raise Mismatch(
             f"{quoted(path)} is not the same module in all adapters: {shapes}", hint="are their bases equal?"
         )
+    ranks = sorted({s.tuner.r for _, s in terms})
+    if how.method in BLENDS and len(ranks) > 1:
+        raise Mismatch(
+            f"{quoted(path)} has ranks {' and '.join(map(str, ranks))}, and {how.method} adds factors of one rank",
+            hint=f"use --method svd, or resize one of the adapters to rank {ranks[0]}",
+        )
+
+
+def _one_side(path: str, terms: list[tuple[int, Site]], how: Recipe) -> None:
+    if len({(s.tuner.feedforward, shape_of(s.params["l"])) for _, s in terms}) > 1:
+        raise Mismatch(f"{quoted(path)} is scaled on different sides or by vectors of different length")
+
+
+def _one_length(path: str, terms: list[tuple[int, Site]], how: Recipe) -> None:
+    shapes = [shape_of(s.params["P"]) for _, s in terms]
+    if len({s[1:] for s in shapes}) > 1 or (how.method == "linear" and len(set(shapes)) > 1):
+        raise Mismatch(
+            f"prompts of shapes {' and '.join(str(list(s)) for s in shapes)} cannot be combined by {how.method}"
+        )
+    if how.method == "cat" and set(how.weights) != {1.0}:
+        raise Usage("tokens that follow one another are not weighted", where="--weights", hint="leave it out")
 
 
 def _svd(places: list[Place], how: Recipe, device: Any, done: Done) -> Sites:
@@ -112,12 +137,6 @@ def _cat(path: str, terms: list[tuple[int, Site]], how: Recipe, device: Any) -> 
 
 def _factors(path: str, terms: list[tuple[int, Site]], how: Recipe, device: Any) -> tuple[np.ndarray, np.ndarray]:
     """A and B blended apart, with the roots of w s: PEFT's linear family."""
-    ranks = sorted({s.tuner.r for _, s in terms})
-    if len(ranks) > 1:
-        raise Mismatch(
-            f"{quoted(path)} has ranks {' and '.join(map(str, ranks))}, and {how.method} adds factors of one rank",
-            hint=f"use --method svd, or resize one of the adapters to rank {ranks[0]}",
-        )
     scales = [blend.roots(how.weights[i] * s.tuner.scale) for i, s in terms]
     sides = []
     for side, letter in enumerate("BA"):
@@ -188,10 +207,9 @@ def _biased(sites: Sites) -> Sites:
 
 def scalings(adapters: Sequence[Adapter], how: Recipe, device: Any, done: Done) -> Sites:
     """l = w_1 l_1 + w_2 l_2 + ...  of IA3 adapters. Where an adapter has no vector its l is 1: it changes nothing there."""
-    made = {}
-    for path, terms in gathered(adapters):
-        if len({(s.tuner.feedforward, shape_of(s.params["l"])) for _, s in terms}) > 1:
-            raise Mismatch(f"{quoted(path)} is scaled on different sides or by vectors of different length")
+    made, places = {}, gathered(adapters)
+    fitting("ia3", places, how)
+    for path, terms in places:
         held = {i: load(s.params["l"], np.dtype("f8")) for i, s in terms}
         l = sum(w * held.get(i, 1.0) for i, w in enumerate(how.weights))
         made[path] = Site(terms[0][1].tuner, {"l": np.asarray(l, dtype="f4")})
@@ -201,15 +219,9 @@ def scalings(adapters: Sequence[Adapter], how: Recipe, device: Any, done: Done) 
 
 def prompts(adapters: Sequence[Adapter], how: Recipe, device: Any, done: Done) -> Sites:
     """P = w_1 P_1 + w_2 P_2 + ...  for prompts of one length, or the tokens of all, one after another (cat)."""
+    fitting("prompt", gathered(adapters), how)
     sites = [a.sites[""] for a in adapters]
-    shapes = [shape_of(s.params["P"]) for s in sites]
-    if len({s[1:] for s in shapes}) > 1 or (how.method == "linear" and len(set(shapes)) > 1):
-        raise Mismatch(
-            f"prompts of shapes {' and '.join(str(list(s)) for s in shapes)} cannot be combined by {how.method}"
-        )
     P = [load(s.params["P"], np.dtype("f8")) for s in sites]
-    if how.method == "cat" and set(how.weights) != {1.0}:
-        raise Usage("tokens that follow one another are not weighted", where="--weights", hint="leave it out")
     made = np.concatenate(P) if how.method == "cat" else sum(w * p for w, p in zip(how.weights, P, strict=True))
     done(1)
     return {"": Site(replace(sites[0].tuner, tokens=len(made)), {"P": made.astype("f4")})}

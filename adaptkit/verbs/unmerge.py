@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..adapter import Adapter, Site
-from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, some
+from ..errors import AdaptKitError, AdaptKitWarning, Mismatch, Usage, some
 from ..store.arrays import load
+from ..store.checkpoint import Checkpoint
 from ..store.hub import called
-from .inputs import Source
+from ..store.hub.ids import RECEIPT
+from .inputs import Source, adapters_of, model_of
 from .merge import Merged, execute, planned
+from .receipt import inputs_said, receipt_of, strangers, weights_said
 
 
 def unmerge(
@@ -32,17 +35,30 @@ def unmerge(
 ) -> Merged:
     """Take adapters out of a merged model, on files.
 
-    Parameters are those of merge, `merged` is its output. What was rounded when merging stays rounded: a 16-bit model
+    Parameters are those of merge, `merged` is its output.   weights: left out, those of its adaptkit.json, or 1. What was rounded when merging stays rounded: a 16-bit model
     comes back within about a rounding of each number. Raises Mismatch for what cannot be taken out: tensors that were
     replaced, DoRA, token rows.
     """
     start = time.monotonic()
+    model = model_of(merged, progress)
+    read = adapters_of(adapters, progress, model)
+    weights = _said(model, read) if weights is None else weights
     how = {"weights": weights, "dtype": dtype, "max_shard_size": max_shard_size, "progress": progress}
-    plan = planned(merged, adapters, **how, verb="unmerge", turn=_backwards)
+    plan = planned(model, read, **how, verb="unmerge", turn=_backwards)
     if any(t.dtype in ("BF16", "F16") for t in plan.changed):
         text = "what merging rounded stays rounded: the result is within about a rounding of the base, not equal to it"
         warnings.warn(text, AdaptKitWarning, stacklevel=2)
     return execute(plan, Path(output), start, device, engine, workers, overwrite, progress)
+
+
+def _said(model: Checkpoint, adapters: list[Adapter]) -> list[float] | None:
+    """The weights that adaptkit.json names. Raises Usage where it names them of other adapters, or in another order."""
+    weights = weights_said(model.root, len(adapters), "taken out")
+    recorded = receipt_of(model.root).get("inputs")
+    if weights and isinstance(recorded, list) and (others := strangers(recorded[1:], inputs_said(adapters))):
+        words = f"weights are of adapters with other bytes than {some(others)}"
+        raise Usage(words, where=RECEIPT, hint="give those in that order, or say --weights")
+    return weights
 
 
 def _backwards(adapters: list[Adapter], weights: list[float]) -> tuple[list[Adapter], list[float]]:

@@ -14,14 +14,14 @@ from ..engines.local import expected, single_threaded_blas
 from ..engines.plan import Plan, Target
 from ..engines.survival import Survival, share
 from ..engines.workspace import Workspace
-from ..errors import Corrupt, Mismatch, Usage, quoted, some
+from ..errors import Mismatch, Usage, some
 from ..store.arrays import FLOATS, NUMPY, WORDS, working
-from ..store.checkpoint import Checkpoint, read_json, warn
+from ..store.checkpoint import Checkpoint
 from ..store.entry import Entry
 from ..store.safepaths import read_small
-from .inputs import Source, model_of
+from .inputs import Source, adapters_of, model_of
 from .merge import check_pickles, planned
-from .receipt import inputs_of, receipt_of, strangers
+from .receipt import inputs_of, receipt_of, strangers, weights_said
 
 STEPS = 2.0  # roundings that a sound merge by another program may be away from ours
 
@@ -65,10 +65,12 @@ def verify(
         raise Usage(f"{sample} tensors cannot tell anything", where="--sample")
     found = model_of(merged, progress)
     check_pickles(found)
-    weights = weights or _said(found).get("weights")
     original = model_of(base, progress)
-    plan = planned(original, adapters, weights=weights, dtype=_dtype(found, original), progress=progress)
-    result = Verified(True, len(plan.targets), 0, 0, 0, others=_others(found, plan))
+    read = adapters_of(adapters, progress, original)
+    weights = weights_said(found.root, len(read), "compared") if weights is None else weights
+    plan = planned(original, read, weights=weights, dtype=_dtype(found, original), progress=progress)
+    either = {t.name for t in plan.targets} | found.entries.keys()
+    result = Verified(True, len(either), 0, 0, 0, others=_others(found, plan))
     for name in plan_difference(plan.targets, found):
         result.wrong[name] = "is missing" if name not in found.entries else "is not part of the merge"
     result.wrong |= _texts(plan.texts, found)
@@ -89,20 +91,6 @@ def verify(
     if not (result.equal + result.close) and not result.wrong:
         raise Mismatch("nothing was compared")
     return result
-
-
-def _said(found: Checkpoint) -> dict:
-    receipt = found.root / "adaptkit.json"
-    made = read_json(receipt).get("made") if receipt.is_file() else None
-    if not isinstance(made, dict) or made.get("verb") != "merge" or "weights" not in made:
-        return {}
-    weights = made["weights"]
-    if not isinstance(weights, list) or not all(type(w) in (int, float) and w for w in weights):
-        raise Corrupt(f"says weights {quoted(weights)}", where=receipt.name, hint="say --weights")
-    if any(w != 1 for w in weights):
-        shown = ",".join(f"{w:g}" for w in weights)
-        warn(f"compared with weights {shown}, as adaptkit.json says; --weights asks otherwise")
-    return made
 
 
 def _others(found: Checkpoint, plan: Plan) -> list[str]:
