@@ -9,6 +9,7 @@ from typing import Any
 
 from ..store.hub import Ref, talk
 from ..store.hub.ids import repo_of
+from ..store.hub.talking import talking
 from ..verbs.push import Wish, push_folder
 
 
@@ -40,5 +41,5 @@ def pushed(
 
 
 def _me() -> str:
-    with talk.talking("you"):
+    with talking("you"):
         return talk.retried(lambda: talk.api().whoami())["name"]

@@ -12,6 +12,7 @@ from ..errors import AdaptKitError, quoted
 from ..store.checkpoint import read_json, warn
 from ..store.hub import Ref, ref_of, talk
 from ..store.hub.ids import SCHEME, SHA
+from ..store.hub.talking import talking
 from .receipt import receipt_of
 
 NAME = "README.md"
@@ -73,7 +74,7 @@ def inherited(base: str | None) -> dict[str, Any]:
     if not base:
         return {}
     try:
-        with talk.talking(Ref(base)):
+        with talking(Ref(base)):
             data = talk.retried(lambda: talk.api().model_info(base)).card_data
     except AdaptKitError as e:
         warn(f"the card of {base} could not be read ({e.message}): licence and languages are not taken over")

@@ -12,6 +12,7 @@ from ..errors import Hub, quoted
 from ..store.checkpoint import warn
 from ..store.hub import Ref, talk
 from ..store.hub.fetch import File, Repo, repo_at
+from ..store.hub.talking import talking
 
 WEIGHTS = re.compile(r"(?:model|pytorch_model|adapter_model)[^/]*\.(?:safetensors|bin)(?:\.index\.json)?")
 
@@ -38,7 +39,7 @@ def prepared(target: Ref, private: bool, inputs: Sequence[str] = ()) -> Repo:
     inputs: ids of what went into the model; when one of them is private, a new repository is, too.
     """
     client = talk.api()
-    with talk.talking(target):
+    with talking(target):
         private = private or _made_of_secrets(target, inputs)
         talk.retried(lambda: client.create_repo(target.id, private=private or None, exist_ok=True))
         if target.revision and not target.revision.startswith("refs/"):
@@ -70,7 +71,7 @@ def uploaded(target: Ref, name: str, source: str | Path | bytes, create_pr: bool
     from huggingface_hub import CommitOperationAdd
 
     client = talk.api()
-    with talk.talking(target):
+    with talking(target):
         op = CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
         how = {"revision": target.revision, "create_pr": create_pr or None, "free_memory": False}
         talk.retried(lambda: client.preupload_lfs_files(target.id, additions=[op], **how))
@@ -95,7 +96,7 @@ def still_there(target: Ref, files: Sequence[File]) -> set[str]:
 
     found: set[str] = set()
     how = {"repo_type": "model", "repo_id": target.id, "revision": target.revision}
-    with talk.talking(target):
+    with talking(target):
         for at in range(0, len(files), 256):
             infos = [UploadInfo(size=f.size, sample=b"", sha256=bytes.fromhex(f.digest)) for f in files[at : at + 256]]
             said = talk.retried(lambda infos=infos: post_lfs_batch_info(infos, None, **how, headers=talk.headers()))
@@ -135,7 +136,7 @@ def commit(
     def once() -> Any:
         return client.create_commit(target.id, operations, **how)
 
-    with talk.talking(target):
+    with talking(target):
         return _insist(once, lambda: _landed(there, operations, removed), create_pr)
 
 

@@ -19,6 +19,7 @@ from ..store.hub import Ref, ref_of, talk
 from ..store.hub.choose import ADAPTER, CONFIG
 from ..store.hub.fetch import File, digest_of
 from ..store.hub.ids import RECEIPT, SCHEME, is_revision, repo_of
+from ..store.hub.talking import talking
 from ..store.safepaths import inside, open_regular
 from . import card as cards
 from . import publish
@@ -71,7 +72,7 @@ def writable(repo: str) -> Ref:
 def _logged_in(target: Ref) -> None:
     if not talk.has_token():
         raise Hub("nobody is logged in", where=f"hub: {target}", hint=talk.LOGIN)
-    with talk.talking(target):
+    with talking(target):
         talk.retried(lambda: talk.api().whoami())
 
 

@@ -19,6 +19,7 @@ from ..checkpoint import LARGEST_JSON
 from ..safepaths import plain
 from . import talk
 from .ids import SCHEME, SHA, Ref, ref_of
+from .talking import talking
 
 Tick = Callable[[int], None]
 BLOCK = 1 << 20
@@ -78,7 +79,7 @@ class Repo:
                 raise talk.Short
             return bytes(raw[:count])
 
-        with talk.talking(self.ref, self.token):
+        with talking(self.ref, self.token):
             return talk.retried(ask) if wanted else b""
 
     def stream(self, name: str, first: int = 0, last: int | None = None) -> Iterator[bytes]:
@@ -104,7 +105,7 @@ def repo_at(ref: Ref, token: str | bool | None = None) -> Repo:
     from huggingface_hub.hf_api import RepoFile
 
     client = talk.api(token)
-    with talk.talking(ref, token):
+    with talking(ref, token):
         info = talk.retried(lambda: client.model_info(ref.id, revision=ref.revision, timeout=PATIENCE))
         if not SHA.fullmatch(str(info.sha)):
             raise Hub(f"says it is at {quoted(info.sha)!r}, which is not a commit", where=f"hub: {ref}")
@@ -146,7 +147,7 @@ def download(repo: Repo, name: str, part: Path, tick: Tick) -> None:
     Raises Hub when the bytes are wrong twice, or nothing comes any more.
     """
     file = repo.files[name]
-    with talk.talking(repo.ref, repo.token):
+    with talking(repo.ref, repo.token):
         for last in (False, True):
             if part.exists() and part.stat().st_size > file.size:
                 part.unlink()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from ...errors import Hub, Unsafe, Usage, quoted
-from .ids import Ref
 
 T = TypeVar("T")
 TRIES = 5
@@ -79,45 +76,6 @@ def endpoint() -> str:
     from huggingface_hub import constants
 
     return constants.ENDPOINT
-
-
-@contextmanager
-def talking(ref: Ref | str, token: str | bool | None = None) -> Iterator[None]:
-    """Turn what goes wrong at the Hub into a sentence about `ref`; keep the client's own bars and log lines down."""
-    try:
-        with _hushed():
-            yield
-    except Exception as e:
-        from .words import explained
-
-        raise explained(e, ref if isinstance(ref, Ref) else Ref(ref), token) from e
-
-
-_mutex = threading.Lock()
-_quiet: list[Callable[[], None]] = []  # one for each who is talking; the first holds what the last puts back
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Without the client's progress bars and log lines, in all threads that talk."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    with _mutex:
-        if not _quiet:
-            log, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
-            level = log.level
-            _quiet.append(lambda: (log.setLevel(level), enable_progress_bars() if shown else None))
-            log.setLevel(logging.CRITICAL)
-            if shown:
-                disable_progress_bars()
-        _quiet.append(lambda: None)
-    try:
-        yield
-    finally:
-        with _mutex:
-            _quiet.pop()
-            if len(_quiet) == 1:
-                _quiet.pop()()
 
 
 def retried(ask: Callable[[], T], tries: int = TRIES) -> T:
