@@ -11,6 +11,7 @@ import pytest
 from places import FIXTURES
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may look for the Hub
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported: it writes into the home folder
 # One thread per worker: threads of two workers that wait for each other on two cores take a hundred times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs deaf to Ctrl-C; the tests send it to themselves and to their children.
