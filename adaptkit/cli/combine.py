@@ -30,7 +30,7 @@ METHODS = (
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what dare drops.")
 @click.option("--take", type=int, metavar="N", help="Keep the Nth adapter's replaced tensors where adapters differ.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where sums are made.")  # fmt: skip
-@click.option("--workers", type=int, metavar="N", help="Threads of ties_svd and its kin, with two matrices each; one per core when left out.")  # fmt: skip
+@click.option("--workers", type=int, metavar="N", help="Threads of ties_svd and its kin, with two matrices each; one per core, 8 at most, when left out.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT when it exists, in one step at the end.")
 @click.option("--dry-run", is_flag=True, help="Show what would be made, and write nothing.")
 @words.printing

@@ -49,8 +49,8 @@ def in_range(target: Target, values: np.ndarray, base: Callable[[], np.ndarray],
     if allow:
         space.warnings[f"{quoted(target.name)}: some merged values overflow {target.dtype}; kept as asked"] = None
         return
-    finite = np.abs(values[bad & np.isfinite(values)])
-    largest = f" (largest {finite.max():.2g})" if finite.size else ""
+    sizes = np.abs(values[bad & np.isfinite(values)])
+    largest = f" (largest {sizes.max():.2g})" if sizes.size else ""
     what = "merged values" if target.changes else "values"
     raise Corrupt(
         f"{int(bad.sum()):,} {what} overflow {target.dtype}{largest}",

@@ -34,9 +34,9 @@ class Answers:
     margins: by how much each greedy token won.
     """
 
-    steps: list[list[Arrays]] = field(default_factory=list)
-    tokens: list[np.ndarray] = field(default_factory=list)
-    margins: list[np.ndarray] = field(default_factory=list)
+    steps: list[list[Arrays]]
+    tokens: list[np.ndarray]
+    margins: list[np.ndarray]
 
 
 @dataclass
@@ -48,11 +48,11 @@ class Exam:
     sources: list[Arrays]
     inputs: list[list[Arrays]]
     prompts: list[tuple[Script, Arrays, list[Arrays]]]
-    answers: Answers
-    noise: float | None
     tolerance: float
     positions: Positions | None
     room: int
+    answers: Answers = field(default_factory=lambda: Answers([], [], []))
+    noise: float | None = None
 
     def greedy(self, script: Script) -> int:
         """How many tokens a text is continued by."""
@@ -66,14 +66,17 @@ def exam(model: nn.Module, kind: str, names: list[str], say: Say = print) -> Exa
     Raises Mismatch when torch does not run it, or what it says is no number.
     """
     say("asking torch")
-    player = Torch(model, kind, names)
-    scripts = questions.scripts(model, kind)
-    positions = questions.positions(model) if kind == "decoder" else None
-    made = Exam(kind, scripts, [], [], [], Answers(), None, _tolerance(model), positions, questions.room(model))
-    for script in scripts:
-        made.sources.append(questions.source(model, kind, script))
-        made.inputs.append(questions.inputs(model, kind, script))
-    made.prompts = questions.prompts(model, kind)
+    player, scripts = Torch(model, kind, names), questions.scripts(model, kind)
+    made = Exam(
+        kind,
+        scripts,
+        [questions.source(model, kind, s) for s in scripts],
+        [questions.inputs(model, kind, s) for s in scripts],
+        questions.prompts(model, kind),
+        _tolerance(model),
+        questions.positions(model) if kind == "decoder" else None,
+        questions.room(model),
+    )
     try:
         made.answers = ask(player, made)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as e:

@@ -58,7 +58,7 @@ class Torch:
             words |= {"past_key_values": self.cache, "use_cache": True}
         said = self._run(self.model, words)
         self.cache = getattr(said, "past_key_values", None)
-        return {n: _whole(self._own(getattr(said, n), words)).cpu().numpy() for n in self.names}
+        return {n: _single(self._own(getattr(said, n), words)).cpu().numpy() for n in self.names}
 
     def _own(self, value: Any, words: dict[str, Any]) -> Any:
         """An output without what it says of virtual tokens, which stand before the ones that were given."""
@@ -168,7 +168,8 @@ class Runtime:
         said = main.run(feeds)
         kept = {n.replace("present.", "past_key_values."): v for n, v in said.items() if n.startswith("present.")}
         self.past = self.past | kept
-        return {n: _whole_array(v) for n, v in said.items() if not n.startswith("present.")}
+        said = {n: v for n, v in said.items() if not n.startswith("present.")}
+        return {n: np.asarray(v, np.promote_types(v.dtype, np.float32)) for n, v in said.items()}
 
     def _graph(self) -> Session:
         if self.kind != "seq2seq":
@@ -176,12 +177,8 @@ class Runtime:
         return self.sessions["decoder_with_past_model" if self.past else "decoder_model"]
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
-
-
-def _whole_array(value: np.ndarray) -> np.ndarray:
-    return value if value.dtype in (np.float32, np.float64) else value.astype(np.float32)
+def _single(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def outputs_of(graphs: list[Graph]) -> list[str]:

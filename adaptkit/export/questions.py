@@ -111,17 +111,11 @@ def _read(model: nn.Module, script: Script) -> dict[str, Any]:
     if model.main_input_name == "pixel_values":
         return build.images(model, batch, length)
     found = build.words(model, batch, length)
+    if build.takes(model, "pixel_values"):
+        return found | build.images(model, batch + 1, length)
     for row, pad in enumerate(script.pads):
-        if "pixel_values" not in inputs_of(model):
-            _pad(model, found, row, slice(length - pad, None))
-    if "pixel_values" in inputs_of(model):
-        found |= build.images(model, batch + 1, length)
+        _pad(model, found, row, slice(length - pad, None))
     return found
-
-
-def inputs_of(model: nn.Module) -> tuple[str, ...]:
-    """What a model that reads texts and images reads beside texts."""
-    return ("pixel_values",) if build.takes(model, "pixel_values") else ()
 
 
 def _pad(model: nn.Module, words: dict[str, Any], row: int, where: slice) -> None:

@@ -23,10 +23,10 @@ def quick_rules() -> Iterator[None]:
         yield
         return
     original = SimplePatternMatcher.match
-    used: dict[int, Any] = {}
+    used: set[Any] = set()
 
     def match(self: Any, model: Any, graph: Any, node: Any, **how: Any) -> Any:
-        used[id(self)] = self
+        used.add(self)
         pattern = self.pattern
         if not pattern.has_single_output_node:
             first = pattern.output_nodes[0].op_identifier()
@@ -39,5 +39,5 @@ def quick_rules() -> Iterator[None]:
         yield
     finally:
         SimplePatternMatcher.match = original
-        for matcher in used.values():
+        for matcher in used:
             matcher._match, matcher._current_node, matcher._graph = MatchResult(), None, None

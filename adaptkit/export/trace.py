@@ -84,27 +84,25 @@ def _spelled(module: Any, words: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def light() -> Iterator[None]:
-    """torch.export without what only serves to explain its graph, which is a third of what it holds.
+    """torch.export without the source lines of its nodes, and without its memory of operations by their shapes.
 
-    The path of the source of every node, and operations' results by their symbolic shapes.
+    Of 250 MB that tracing 32 layers holds they are 15 and 30, and no time was seen to be saved by either.
     """
     import torch._dynamo.config
     import torch.fx.config
 
-    names = (
+    settings = (
         (torch.fx.config, "do_not_emit_stack_traces", True),
         (torch._dynamo.config, "fake_tensor_cache_enabled", False),
     )
-    before = [
-        (config, name, getattr(config, name)) for config, name, _ in names if hasattr(config, name)
-    ]  # not promised
+    settings = [s for s in settings if hasattr(*s[:2])]  # neither is promised
+    before = [getattr(config, name) for config, name, _ in settings]
     try:
-        for config, name, value in names:
-            if hasattr(config, name):
-                setattr(config, name, value)
+        for config, name, value in settings:
+            setattr(config, name, value)
         yield
     finally:
-        for config, name, value in before:
+        for (config, name, _), value in zip(settings, before, strict=True):
             setattr(config, name, value)
 
 

@@ -70,10 +70,15 @@ def attach(
     return list(sites)
 
 
-def _free(model: nn.Module, name: str) -> None:
-    """Raises Usage or Mismatch for what is no model, and what cannot be a new adapter's name."""
+def checked_module(model: object) -> None:
+    """Raises Usage for what is no model."""
     if not isinstance(model, nn.Module):
         raise Usage(f"the model is a {type(model).__name__}, which is no torch module")
+
+
+def _free(model: nn.Module, name: str) -> None:
+    """Raises Usage or Mismatch for what is no model, and what cannot be a new adapter's name."""
+    checked_module(model)
     if not isinstance(name, str):
         raise Usage(f"an adapter's name is a string, not {quoted(name)}")
     if name in attached(model):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..errors import AdaptKitWarning, Mismatch, Usage, quoted, some
 from ..formats.base import read
-from ..live.attach import by_rows
+from ..live.attach import by_rows, checked_module
 from ..live.virtual import cache
 from ..tuners.experts import LAYOUT
 from .config import PeftConfig
@@ -121,7 +121,7 @@ class PeftModel(nn.Module):
     ) -> PeftModel:
         """A model with an adapter from a folder, for inference unless is_trainable."""
         _nothing(ephemeral_gpu_offload=ephemeral_gpu_offload, key_mapping=key_mapping)
-        _module(model)
+        checked_module(model)
         folder = folder_of(model_id, subfolder, hub)
         settings = _settings(folder, is_trainable, config)
         kind = CLASSES.get(settings.task_type, PeftModel) if public(cls) is PeftModel else cls
@@ -446,15 +446,10 @@ def _apart(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 
 def _usable(model: Any, config: Any) -> None:
     """Raises Usage for what is no model, and for settings of another library: their options would not be checked."""
-    _module(model)
+    checked_module(model)
     if not isinstance(config, PeftConfig) or type(config) is PeftConfig:
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise Usage(f"peft_config is a {kind}", hint="make a LoraConfig, or another, of adaptkit.peft")
-
-
-def _module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise Usage(f"the model is a {type(model).__name__}, which is no torch module")
 
 
 def _told(model: nn.Module, config: PeftConfig) -> None:

@@ -27,7 +27,19 @@ from ..store.entry import Entry
 from ..store.hub import Ref, called
 from ..store.hub.ids import repo_of
 from ..store.output import Output
-from .inputs import Counter, Progress, Source, adapters_of, base_of, dtype_of, files_of, model_of, size_of, weights_of
+from .inputs import (
+    Counter,
+    Progress,
+    Source,
+    adapters_of,
+    base_of,
+    dtype_of,
+    files_of,
+    model_of,
+    size_of,
+    weights_of,
+    workers_of,
+)
 from .push import Wish, push_folder, writable
 from .receipt import Known, receipt
 
@@ -235,10 +247,10 @@ def execute(
 
 
 def possible(engine: str, workers: int | None) -> None:
+    """Raises Mismatch for an engine that is not there, Usage for workers that are none."""
     if engine != "local":
         raise Mismatch(f"engine {engine!r} is not installed", where="--engine", hint="use local")
-    if workers is not None and workers < 1:
-        raise Usage(f"{workers} workers cannot do anything", where="--workers")
+    workers_of(workers)
 
 
 def check_pickles(checkpoint: Checkpoint, later: Sequence[Entry] = ()) -> None:

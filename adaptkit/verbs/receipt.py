@@ -177,7 +177,8 @@ def _thin(changes: Sequence[Change]) -> float:
 def weights_said(folder: Path, count: int, did: str) -> list[float] | None:
     """The weights that a merged model's adaptkit.json names, with a warning where one is not 1; None when it names none.
 
-    count: of adapters.   did: the first words of the warning. Raises Usage when the weights are of another number of adapters and not all 1.
+    count: of adapters.   did: the first words of the warning. Raises Usage when the weights are of another number of adapters
+    and not all 1.
     """
     file = folder / RECEIPT
     said = read_json(file) if file.is_file() else {}

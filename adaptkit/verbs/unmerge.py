@@ -35,8 +35,8 @@ def unmerge(
 ) -> Merged:
     """Take adapters out of a merged model, on files.
 
-    Parameters are those of merge, `merged` is its output.   weights: left out, those of its adaptkit.json, or 1. What was rounded when merging stays rounded: a 16-bit model
-    comes back within about a rounding of each number. Raises Mismatch for what cannot be taken out: tensors that were
+    Parameters are those of merge, `merged` is its output.   weights: left out, those of its adaptkit.json, or 1.
+    What was rounded when merging stays rounded: a 16-bit model comes back within about a rounding of each number. Raises Mismatch for what cannot be taken out: tensors that were
     replaced, DoRA, token rows.
     """
     start = time.monotonic()

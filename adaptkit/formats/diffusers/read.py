@@ -16,7 +16,7 @@ from ...store.checkpoint import warn
 from ...store.entry import Entry
 from ...store.safetensors import load_json
 from ..files import tensors
-from ..peft.patterns import matches
+from ..peft.patterns import lookup
 from .keys import component, parse
 
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -111,19 +111,17 @@ def tuner_settings(path: str, r: int, config: Config) -> dict[str, Any]:
     """r, alpha and rslora of a module. Without settings alpha is r, so that the scale is 1."""
     if not config:
         return {"r": r, "alpha": float(r)}
-    rank = _said(config, "rank_pattern", path, config.get("r", r))
+    rank = lookup(config.get("rank_pattern"), path, config.get("r", r), *_names(path))
     if rank != r:
         raise Mismatch(f"{SETTINGS}: r={rank}, but lora_A of {quoted(path)} has rank {r}: the scale would be wrong")
-    alpha = _said(config, "alpha_pattern", path, config.get("lora_alpha", r))
+    alpha = lookup(config.get("alpha_pattern"), path, config.get("lora_alpha", r), *_names(path))
     return {"r": r, "alpha": float(alpha), "rslora": bool(config.get("use_rslora"))}
 
 
-def _said(config: Config, field: str, path: str, default: float) -> float:
-    """The number that a pattern gives a module, which it calls by its path in the component, CLIP in either spelling."""
+def _names(path: str) -> tuple[str, str]:
+    """What else a pattern may call a module: its path in the component, CLIP in either spelling."""
     inner = path.removeprefix(f"{component(path)}.")
-    names = (path, inner, inner.removeprefix("text_model."))
-    patterns = (config.get(field) or {}).items()
-    return next((value for key, value in patterns if any(matches(key, name) for name in names)), default)
+    return inner, inner.removeprefix("text_model.")
 
 
 def _alpha(path: str, entry: Entry) -> float:

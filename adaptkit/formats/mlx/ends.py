@@ -15,12 +15,13 @@ UNKNOWN = "mlx-lm adds it to the head as well, where that is the embedding (tie_
 def doubtful(sites: Mapping[str, Site], base: Path | None, hint: str) -> list[str]:
     """The embeddings whose update may be added to the head too. Raises Mismatch where the base says that it is."""
     found = [p for p, s in sites.items() if s.tuner.embedding and p.rpartition(".")[2] != "wpe"]
-    if found and tied(base):
+    ends = tied(base) if found else False
+    if ends:
         text = (
             f"mlx-lm adds the update of {quoted(found[0])} to the head as well, since the model's head is its embedding"
         )
         raise Mismatch(text, hint=hint)
-    return found if tied(base) is None and "lm_head" not in sites else []
+    return found if ends is None and "lm_head" not in sites else []
 
 
 def tied(base: Path | None) -> bool | None:

@@ -15,15 +15,15 @@ LITERAL = re.compile(r"[\w.]+")
 ANCHORED = re.compile(r"\^((?:\w|\\?[.-])+)")
 
 
-def lookup(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
-    """The number for a module. The first key in the file's order decides, as in PEFT."""
+def lookup(patterns: Mapping[str, float] | None, path: str, default: float, *also: str) -> float:
+    """The number for a module. The first key in the file's order decides, as in PEFT.    also: its other names."""
     for key, value in (patterns or {}).items():
-        if matches(key, path):
+        if any(_matches(key, name) for name in (path, *also)):
             return value
     return default
 
 
-def matches(key: str, path: str) -> bool:
+def _matches(key: str, path: str) -> bool:
     """Whether a key of a pattern means a module. Raises Corrupt for what is no regular expression."""
     end, whole = _plain(key)
     if whole:
@@ -52,7 +52,7 @@ def unmatched(config: Mapping[str, Any], paths: Collection[str]) -> None:
     """
     for field in ("rank_pattern", "alpha_pattern"):
         for key in config.get(field) or {}:
-            if any(matches(key, path) for path in paths):
+            if any(_matches(key, path) for path in paths):
                 continue
             if not LITERAL.fullmatch(key):
                 raise Mismatch(
